@@ -109,6 +109,7 @@ class PlainLoop(Optimizing):
         output = torch.stack(output) if isinstance(output, list) else output
         if output.dim() == 3:  # tokens: Qwen-Image 2.1 returns the captions' too
             output = output[:, -target.shape[1] :]
+            target = target[..., : output.shape[2]]  # FLUX.1 Fill's input has further channels
         elif output.shape[2:] != target.shape[2:]:  # HiDream returns patches of 2 x 2 while it trains
             target = pixel_unshuffle(target, 2).unflatten(1, (-1, 4)).flatten(3).transpose(2, 3)
         return mse_loss(output[:, : target.shape[1]], target)  # PixArt returns variances too
@@ -199,11 +200,13 @@ def config_of(folder: Path, method: str) -> Config:
 def our_loop(config: Config) -> Loop:
     """Return training's steps on the rows that `prepare` would store of noise and of `PROMPTS`."""
     encoders = Encoders(config.model.base)
-    mean, logvar = encoders.encode_pictures(noise_pictures(len(PROMPTS)))
+    pixels = noise_pictures(len(PROMPTS))
+    mean, logvar = encoders.encode_pictures(pixels)
     sizes = torch.tensor([[SIDE, SIDE, 0, 0, SIDE, SIDE]] * len(PROMPTS), dtype=torch.int32)
     rows = {"latents_mean": mean, "latents_logvar": logvar, "conditioning": sizes}
     rows |= {reference(number): mean for number in range(config.data.num_references)}
     rows |= encoders.encode_captions(list(PROMPTS))
+    rows |= encoders.encode_masked(tiny_models.half_painted(pixels))
     pipeline, model = build_model(config)
     return Loop(config, pipeline, model, encoders.encode_captions([""]), rows, torch.device("cpu"))
 

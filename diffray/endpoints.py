@@ -79,6 +79,7 @@ class Endpoint:
         prompt: str,
         *,
         images: "Given | Sequence[Given]" = (),
+        mask: "Given | None" = None,
         n: int = 1,
         seed: int | None = None,
         **fields: Any,
@@ -87,6 +88,8 @@ class Endpoint:
 
         Args:
             images: pictures to draw from, an edit, or one: paths, contents of files, or PIL pictures.
+            mask: for models that paint into masks: a PNG of the image's size, transparent where it is to be
+                painted.
             fields: further fields of the request, as `steps`, `negative_prompt` or, with `images`, `strength`
                 (docs/serving.md).
 
@@ -101,7 +104,8 @@ class Endpoint:
         body = {"prompt": prompt, "n": n, **({} if seed is None else {"seed": seed}), **fields}
         timeout = self.config.serve.request_timeout_s + 10
         path, key = "edits" if files else "generations", os.environ.get(KEY_VARIABLE)
-        answer = call(f"{self.url}/v1/images/{path}", body, timeout, key=key, images=files)
+        hole = None if mask is None else _file_of(mask)
+        answer = call(f"{self.url}/v1/images/{path}", body, timeout, key=key, images=files, mask=hole)
         contents = [base64.b64decode(each["b64_json"]) for each in answer["data"]]
         return Pictures(Image.open(io.BytesIO(content)) for content in contents)
 

@@ -36,6 +36,9 @@ TESTS = {
         f"{UNIT}sampling.py::test_pictures_of_several_shapes_are_those_of_plain_diffusers"
     ),
     "reference pictures": f"{UNIT}reference_pictures.py::test_an_edit_is_that_of_the_plain_pipeline",
+    "painting into masks": (
+        f"{UNIT}reference_pictures.py::test_what_is_painted_into_a_mask_is_that_of_the_plain_pipeline"
+    ),
     "each row has its own guidance": f"{UNIT}families.py::test_every_row_has_its_own_guidance",
     "distilled models are recognised": (
         f"{UNIT}family_guards.py::test_who_trains_a_distilled_model_is_told_what_happens_before_it_starts"
@@ -98,6 +101,9 @@ TESTS = {
     "edits are the pipeline's, in mixed batches": (
         f"{SERVING}served_edits.py::test_every_edit_in_a_changing_batch_is_that_of_the_plain_pipeline"
     ),
+    "paintings are the pipeline's, in mixed batches": (
+        f"{SERVING}served_masks.py::test_every_painting_in_a_changing_batch_is_that_of_the_plain_pipeline"
+    ),
     "adapters mixed in a batch": (
         f"{SERVING}adapters.py::test_every_family_mixes_adapters_of_its_denoiser_and_text_encoders"
     ),
@@ -119,6 +125,8 @@ FACETS: Mapping[str, Callable[[Family], bool]] = {
     "adapters of text encoders": lambda family: bool(family.trainable_encoders),
     "reference pictures": lambda family: bool(family.max_references),
     "edits are the pipeline's, in mixed batches": lambda family: bool(family.max_references),
+    "painting into masks": lambda family: family.paints_masks,
+    "paintings are the pipeline's, in mixed batches": lambda family: family.paints_masks,
     "`serve.cache_features`": lambda family: family.is_unet,
     "adapters for ComfyUI": lambda family: family.comfyui_layer(family.denoiser, "layer") is not None,
 }

@@ -33,19 +33,21 @@ def call(
     *,
     key: str | None = None,
     images: Sequence[bytes] = (),
+    mask: bytes | None = None,
 ) -> Any:
     """Send GET (or POST `body` as JSON), and return the JSON answer.
 
     Args:
         key: API key, if the endpoint requires one.
         images: image files of an edit, with which the body is sent as a form.
+        mask: file of the image's mask, transparent where it is to be painted.
 
     Raises:
         EndpointError: there is no answer, or it is an error; carries the server's message.
     """
     content_type, data = "application/json", None if body is None else json.dumps(body).encode()
     if images:
-        content_type, data = _form(body or {}, images)
+        content_type, data = _form(body or {}, images, mask)
     headers = {"Content-Type": content_type} | ({"Authorization": f"Bearer {key}"} if key else {})
     request = urllib.request.Request(url, data, headers)
     # Bypass proxies from the environment, which would not reach this machine.
@@ -67,7 +69,7 @@ def call(
         raise EndpointError(f"{url}: {error}") from None
 
 
-def _form(fields: Mapping[str, object], images: Sequence[bytes]) -> tuple[str, bytes]:
+def _form(fields: Mapping[str, object], images: Sequence[bytes], mask: bytes | None) -> tuple[str, bytes]:
     """Return the content type and the body of an edit's form; fields that are None are left out."""
     boundary = uuid.uuid4().hex
     parts = [
@@ -76,6 +78,7 @@ def _form(fields: Mapping[str, object], images: Sequence[bytes]) -> tuple[str, b
         if value is not None
     ]
     parts += [('name="image[]"; filename="image"', image) for image in images]
+    parts += [] if mask is None else [('name="mask"; filename="mask.png"', mask)]
     body = b"".join(
         f"--{boundary}\r\nContent-Disposition: form-data; {head}\r\n\r\n".encode() + content + b"\r\n"
         for head, content in parts

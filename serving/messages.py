@@ -33,13 +33,14 @@ class RoutedRequest(NamedTuple):
     """A request with the version that it goes to.
 
     `request` is complete but for what only the replica knows: the name of the version's adapter in the
-    engine, the pixels of the initial image and of the references, and a size that is the first reference's.
+    engine, the pixels of the files, and a size that is the first reference's.
     """
 
     version: RegisteredModel | None  # None: the bare base
     request: Request
     image: bytes | None = None  # file of the initial image, as it was sent
     references: tuple[bytes, ...] = ()  # files of the reference pictures, as they were sent
+    mask: bytes | None = None  # file with transparent pixels where the one reference is to be painted
     image_id: str = ""  # id of the generated image
     scored: bool = False  # True: counts for the version's drift scores, see `replica.drift`
     asked: float = 0.0  # time of the request, seconds since 1970
@@ -86,6 +87,7 @@ class BaseTraits(NamedTuple):
     height: int  # of the model's default image, in pixels
     width: int
     max_references: int  # pictures that an edit may be drawn from; 0: the model takes no references
+    paints_masks: bool = False  # True: an edit paints into the mask of one picture
 
 
 class ReplicaLoad(NamedTuple):

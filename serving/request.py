@@ -21,7 +21,7 @@ class RequestError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One image to generate: from text alone, from another image, or with reference pictures."""
+    """One image to generate: from text alone, from another image, into a mask, or with reference pictures."""
 
     prompt: str
     seed: int
@@ -34,5 +34,8 @@ class Request:
     previews: int = 0  # number of intermediate images, evenly spaced over the steps
     image: "torch.Tensor | None" = None  # initial image: uint8, height x width x 3
     strength: float = 1.0  # with an image, in (0, 1]: fraction of the steps that is run, the last ones
+    # To paint into: uint8, height x width x 4, transparent where it is to be painted; None: all is painted
+    # by models that paint into masks.
+    masked: "torch.Tensor | None" = None
     references: "tuple[torch.Tensor, ...]" = ()  # to look at: uint8, height x width x 3, of any sizes
     zero_terminal_snr: bool = False  # the adapter was trained with zero terminal SNR

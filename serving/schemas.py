@@ -37,7 +37,7 @@ UNSUPPORTED_FIELDS = {
     "frame_duration_ms": Unsupported(STILL_PNG),
     "input_fidelity": Unsupported("strength sets how far the image may change", ("low",)),
     "markup": Unsupported("the whole image is regenerated; strength sets how far it may change"),
-    "mask": Unsupported("the whole image is regenerated; strength sets how far it may change"),
+    "mask": Unsupported("this model, or a request without an image, draws the whole image"),
     "moderation": Unsupported("this server applies its own safety checker to every image"),
     # A form sends text where JSON has a number.
     "output_compression": Unsupported("PNG has no lossy compression", (100, "100")),
@@ -50,6 +50,9 @@ UNSUPPORTED_FIELDS = {
 # OpenAI's clients (3.52) retry a request, twice by default, on 408, 409, 429 and all statuses from 500 on,
 # unless the answer says otherwise. A request that timed out would run three times, a failed one fail again.
 DO_NOT_RETRY = {"x-should-retry": "false"}
+
+DRAWING_FAILED = "drawing_failed"
+"""Code of an error whose message is that of an exception in a replica, which no client is told."""
 
 
 class APIError(Exception):
@@ -108,9 +111,9 @@ class ImageRequest(BaseModel):
     guidance_scale: float | None = Field(
         None,
         ge=1,
-        le=20,
+        le=100,
         allow_inf_nan=False,
-        description="Scale of classifier-free guidance; 1 turns it off.",
+        description="Guidance scale; 1 turns it off.",
     )
     seed: int | None = Field(
         None, ge=0, le=MAX_SEED, description="Seed of the initial noise. Default: random."
@@ -283,6 +286,7 @@ class ModelCard(BaseModel):
     references: int = Field(
         description="Maximum number of an edit's reference images; 0: an edit begins with its one image."
     )
+    masks: bool = Field(description="True: an edit paints into its one image, where its mask is transparent.")
 
 
 class ModelList(BaseModel):
@@ -292,6 +296,13 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
+def unsupported(field: str) -> APIError:
+    """Make the 400 for a field of `UNSUPPORTED_FIELDS`; a form writes objects as svg[model]."""
+    reason = UNSUPPORTED_FIELDS[field.partition("[")[0]].reason
+    message = f"{field}: not supported by this server: {reason}"
+    return APIError(400, message, param=field, code="unsupported_parameter")
+
+
 def invalid_request(error: ErrorDetails) -> APIError:
     """Make a 400 from one of pydantic's errors (an item of `ValidationError.errors()`)."""
     path = [str(part) for part in error["loc"] if part != "body"]
@@ -299,9 +310,8 @@ def invalid_request(error: ErrorDetails) -> APIError:
     if error["type"] == "json_invalid":
         return APIError(400, "the body is not JSON", code="invalid_json")
     if error["type"] == "extra_forbidden":
-        if other := UNSUPPORTED_FIELDS.get(field.partition("[")[0]):  # a form writes objects as svg[model]
-            message = f"{field}: not supported by this server: {other.reason}"
-            return APIError(400, message, param=field, code="unsupported_parameter")
+        if field.partition("[")[0] in UNSUPPORTED_FIELDS:
+            return unsupported(field)
         message = f"{field}: unknown field; remove it or correct its name"
         return APIError(400, message, param=field, code="unknown_parameter")
     if error["type"] == "string_pattern_mismatch" and field == "size":

@@ -4,9 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 
-from ray_jobs.diffusion.families import FAMILIES, tiny
+from ray_jobs.data.encoding.encoding import with_masks
+from ray_jobs.diffusion.families import FAMILIES, Conditions, Family, tiny
+from ray_jobs.diffusion.families.family import MASK_PIXELS, MASKED
 from ray_jobs.diffusion.families.tiny import MAX_TOKENS
 
 BY_NAME = {
@@ -25,6 +28,23 @@ def write(name: str, folder: Path) -> Path:
     modular = {"overwrite_modular_index": True} if isinstance(pipeline, diffusers.ModularPipeline) else {}
     pipeline.save_pretrained(str(folder), **modular)
     return folder
+
+
+def half_painted(pixels: np.ndarray) -> np.ndarray:
+    """Return pictures, N x H x W x 3, with their left halves to be painted, for `Encoders.encode_masked`."""
+    masks = np.zeros(pixels.shape[:3], np.uint8)
+    masks[:, :, : pixels.shape[2] // 2] = 255
+    return with_masks(pixels, masks)
+
+
+def painted(family: Family, shape: tuple[int, ...], rows: int) -> Conditions:
+    """Random conditions of families that paint masks, for latents of this shape; none of others."""
+    if not family.paints_masks:
+        return {}
+    generator = torch.Generator().manual_seed(1)
+    masked = torch.randn((rows, *shape), generator=generator)
+    pixels = [8 * side for side in shape[1:]]
+    return {MASKED: masked, MASK_PIXELS: torch.rand((rows, 1, *pixels), generator=generator) < 0.5}
 
 
 def captions() -> list[str]:

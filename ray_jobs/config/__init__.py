@@ -326,6 +326,11 @@ class Config(Section):
             if f"train.{field}" in space:
                 raise ValueError(f"search.space.train.{field} changes nothing {where}")
             require_unset(train, where, field)
+        for field in () if searched_stages else train.own_of_stages(ends(space.get("train.optimizer", []))):
+            where = "because every stage of train.stages has its own"
+            if f"train.{field}" in space:
+                raise ValueError(f"search.space.train.{field} changes nothing {where}")
+            require_unset(train, where, field)
         methods = [train.method, *ends(space.get("train.method", []))]
         if adapters := [name for name in space if name.startswith("train.lora") and "lora" not in methods]:
             raise ValueError(f"search.space.{adapters[0]} changes nothing with train.method: full")

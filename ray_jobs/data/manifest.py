@@ -14,6 +14,7 @@ from ray_jobs.data.curation.decisions import Decisions
 from ray_jobs.data.encoding.plan import PlannedPart
 from ray_jobs.data.feeding.mixture import mixture
 from ray_jobs.data.feeding.order import Order, Part
+from ray_jobs.data.references import num_before
 from ray_jobs.data.sources.detection import Source
 from ray_jobs.run.manifest import Bucket, Captions, Duplicates, Histogram, Manifest, SourceShare
 from ray_jobs.run.split import SPLITS
@@ -77,7 +78,7 @@ def describe(
         },
         rows_an_epoch=mixed.order.rows_an_epoch if mixed else 0,
         judged=decisions.num_judged,
-        references=data.num_references,
+        references=num_before(config),
         digest=hashlib.sha256("\n".join(digests).encode()).hexdigest(),
     )
 

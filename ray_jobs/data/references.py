@@ -1,4 +1,6 @@
-"""Reference pictures, and what follows from them for the other settings."""
+"""Reference pictures and masks to paint into, and what follows from them for the other settings."""
+
+from typing import TYPE_CHECKING
 
 from cluster.fetched import local_path
 from ray_jobs.config import Config, ConfigError
@@ -7,20 +9,41 @@ from ray_jobs.data.encoding.shapes import reference_sizes
 from ray_jobs.run.records import TARGET
 from ray_jobs.weights.model_files import family_in
 
+if TYPE_CHECKING:
+    from ray_jobs.diffusion.families import Family
+
+
+def painter(config: Config) -> "Family | None":
+    """Return the model's family if it paints into the masks of the rows, else None."""
+    if not config.data.has_masks:
+        return None
+    family = family_in(local_path(config.model.base), revision=config.model.revision)
+    return family if family.paints_masks else None
+
+
+def num_before(config: Config) -> int:
+    """Return the number of pictures that a row's own is made from: its references, or itself with a hole."""
+    return config.data.num_references or int(painter(config) is not None)
+
 
 def suited_to_references(config: Config) -> Config:
-    """Return the configuration with `search.rank_by` and `data.cleaning.duplicates` as they suit references,
-    unless given.
+    """Return the configuration with settings as they suit references or masks to paint into, unless given.
 
-    It is the same without references.
+    These are `search.rank_by`, `data.cleaning.duplicates` and `evaluate.guidance_scale`.
+
+    It is the same without these.
 
     Raises:
-        ConfigError: it is to be ranked by targets, which only rows with references have.
+        ConfigError: it is to be ranked by targets, which only rows with these have.
     """
-    if not config.data.num_references:
+    if not num_before(config):
         _check_ranking(config)
         return config
-    search, data = config.search, config.data
+    search, data, evaluate = config.search, config.data, config.evaluate
+    family = painter(config)
+    if family and family.usual_guidance and "guidance_scale" not in evaluate.model_fields_set:
+        evaluate = evaluate.model_copy(update={"guidance_scale": family.usual_guidance})
+        say("references", f"draws as its pipeline does (evaluate.guidance_scale: {family.usual_guidance:g})")
     if "rank_by" not in search.model_fields_set:
         search = search.model_copy(update={"rank_by": TARGET})
         say("references", "ranks by the distance of edits to their targets (search.rank_by: target)")
@@ -29,15 +52,15 @@ def suited_to_references(config: Config) -> Config:
         cleaning = data.cleaning.model_copy(update={"duplicates": "keep"})
         data = data.model_copy(update={"cleaning": cleaning})
         say("references", "like pictures are kept, in one split (data.cleaning.duplicates: keep)")
-    return config.model_copy(update={"search": search, "data": data})
+    return config.model_copy(update={"search": search, "data": data, "evaluate": evaluate})
 
 
 def _check_ranking(config: Config) -> None:
-    """Raise ConfigError if a set without references is to be ranked by targets."""
-    if config.search.rank_by == TARGET:
+    """Raise ConfigError if a set without references or masks to paint into is to be ranked by targets."""
+    if config.search.rank_by == TARGET and not num_before(config):
         raise ConfigError(
-            "search.rank_by: target is for models that edit reference images; name these in the "
-            "reference_columns of data.sources, or choose another score"
+            "search.rank_by: target is for models that edit reference images or paint into masks; name "
+            "these in the reference_columns or mask_column of data.sources, or choose another score"
         )
 
 
@@ -46,13 +69,18 @@ def check_references(config: Config) -> None:
     rows with references are ranked by targets.
 
     Raises:
-        ConfigError: one of these is not so.
+        ConfigError: one of these is not so, or it paints into masks and the sources name none.
     """
     count, base = config.data.num_references, config.model.base
+    family = family_in(local_path(base), revision=config.model.revision)
+    if family.paints_masks and not config.data.has_masks:
+        raise ConfigError(
+            f"data.sources: mask_column is missing: {base} ({family.pipeline_class}) paints into a mask of "
+            "each row; name the column of masks, which are white where the image is to be painted"
+        )
     if not count:
         _check_ranking(config)
         return
-    family = family_in(local_path(base), revision=config.model.revision)
     if count > family.max_references:
         takes = f"at most {family.max_references}" if family.max_references else "none"
         raise ConfigError(

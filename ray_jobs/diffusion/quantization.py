@@ -4,6 +4,16 @@ A layer restores its weight for each product, in the forward and again in the ba
 keeps only what is stored. It computes exactly what a plain layer with the restored weight does.
 
 An update merged into such a weight would be rounded away: adapters stay beside it.
+
+The libraries' own ways fail where no GPU is, or are less exact (on a CPU: diffusers 0.42.1, peft 0.21.2,
+torch 2.13): diffusers' `BitsAndBytesConfig` refuses without a GPU. bitsandbytes' `Linear8bitLt` rounds the
+inputs too: 0.23 % off the same weights restored. diffusers' layerwise casting to float8 has no scales: 3.3
+% error at a standard deviation of 0.02, 28 % at 0.002. With adapters, either its backward pass raises for
+their dtypes, or they become float8 as well.
+
+T5's `wo`, which transformers keeps in float32 for fp16, is stored as other layers are: for T5-XXL 0.57 GB
+in nf4, not 2.0 GB in bf16. A feed-forward of that size, 128 tokens in bf16 on one core, takes 5.0 s of CPU
+time.
 """
 
 import ctypes

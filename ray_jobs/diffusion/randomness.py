@@ -22,11 +22,13 @@ class StepDraws:
         loss: position, noise and the loss's other draws.
         posterior: float32, N x C x ..., standard normal: noise that samples the autoencoder's posterior.
         caption: float32, N, uniform in [0, 1): a caption is dropped where this is below the dropout rate.
+        masked: as `posterior`, of the masked pictures; None without them.
     """
 
     loss: Draws
     posterior: torch.Tensor
     caption: torch.Tensor
+    masked: torch.Tensor | None = None
 
 
 def draw(
@@ -37,6 +39,7 @@ def draw(
     settings: LossSettings,
     *,
     posterior_shape: tuple[int, ...] | None = None,
+    with_masked: bool = False,
 ) -> StepDraws:
     """Return the draws for the images at the given places of a step's batch, on the CPU.
 
@@ -46,10 +49,13 @@ def draw(
         places: positions in the batch of all workers, counted from 0.
         shape: shape of an image's latents as the denoiser receives them, C x ...
         posterior_shape: their shape in the autoencoder's posterior; None: the same.
+        with_masked: draw for masked pictures too.
     """
     drawn = posterior_shape or shape
-    rows = [_draw_one((*seed, step, place), shape, drawn, settings) for place in places]
-    uniform, posterior, noise, offset, perturbation = (list(column) for column in zip(*rows, strict=True))
+    rows = [_draw_one((*seed, step, place), shape, drawn, settings, with_masked) for place in places]
+    uniform, posterior, noise, offset, perturbation, masked = (
+        list(column) for column in zip(*rows, strict=True)
+    )
     positions = torch.stack(uniform)
     return StepDraws(
         Draws(
@@ -60,13 +66,18 @@ def draw(
         ),
         torch.stack(posterior),
         positions[:, 1],
+        torch.stack(masked) if with_masked else None,
     )
 
 
 def _draw_one(
-    entropy: tuple[int, ...], shape: tuple[int, ...], posterior_shape: tuple[int, ...], settings: LossSettings
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (position, caption), posterior, noise, offset, perturbation; the last two empty if not used."""
+    entropy: tuple[int, ...],
+    shape: tuple[int, ...],
+    posterior_shape: tuple[int, ...],
+    settings: LossSettings,
+    with_masked: bool,
+) -> tuple[torch.Tensor, ...]:
+    """Return (position, caption), posterior, noise, offset, perturbation, masked; empty if not used."""
     state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
     generator = torch.Generator().manual_seed(int(state >> np.uint64(1)))
     nothing = torch.empty(0)
@@ -76,4 +87,5 @@ def _draw_one(
         torch.randn(shape, generator=generator),
         torch.randn(shape[:1], generator=generator) if settings.offset_noise else nothing,
         torch.randn(shape, generator=generator) if settings.input_perturbation else nothing,
+        torch.randn(posterior_shape, generator=generator) if with_masked else nothing,
     )

@@ -13,7 +13,7 @@ from operator import itemgetter
 import torch
 
 from ray_jobs.diffusion.families import Captions, Components, Conditions, Family, family_of
-from ray_jobs.diffusion.families.family import reference
+from ray_jobs.diffusion.families.family import MASK_PIXELS, MASKED, reference
 from ray_jobs.diffusion.families.text import LENGTHS, MASK
 from ray_jobs.diffusion.memory import Chunks, pictures_at_once
 from ray_jobs.diffusion.objectives import per_row
@@ -40,6 +40,19 @@ def initial_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...])
         float32, N x C x ..., on the CPU.
     """
     return torch.cat([torch.randn((1, *shape), generator=generator) for generator in generators])
+
+
+def first_noise(
+    family: Family, generators: Sequence[torch.Generator], shape: tuple[int, ...]
+) -> torch.Tensor:
+    """Return the noise of pictures that begin with nothing else; arguments and result as of `initial_noise`.
+
+    The pipelines of families that paint masks draw noise for the posterior of the whole picture before it,
+    though only image to image uses that.
+    """
+    if family.paints_masks:
+        initial_noise(generators, family.codec.unpacked_shape(shape))
+    return initial_noise(generators, shape)
 
 
 @torch.no_grad()
@@ -150,6 +163,40 @@ def encode_pictures(pipeline: Pipeline, pixels: torch.Tensor, noise: torch.Tenso
     return codec.sample(*codec.posterior(autoencoder, pictures), codec.scale(autoencoder), noise)
 
 
+def cut_out(masked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split masked pictures into pictures that are grey where they are to be painted, and the mask.
+
+    Args:
+        masked: uint8, N x 4 x height x width: colours, and an alpha channel that is 0 where they are to be
+            painted.
+
+    Returns:
+        float32, N x 3 x height x width, in [-1, 1], and bool, N x 1 x height x width.
+    """
+    colours, alpha = masked.split([3, 1], dim=1)
+    mask = alpha == 0
+    pictures = (colours.float() / 127.5 - 1).masked_fill(mask, 0.0)
+    # As pipelines have them: on CPUs GroupNorm's results of what is constant depend on it.
+    return pictures.contiguous(memory_format=torch.channels_last), mask
+
+
+@torch.no_grad()
+def encode_masked(pipeline: Pipeline, masked: torch.Tensor, noise: torch.Tensor) -> Conditions:
+    """Return the conditions of a family that paints masks.
+
+    As in diffusers' pipelines, the pictures' latents are drawn from the autoencoder's posterior.
+
+    Args:
+        masked: as for `cut_out`.
+        noise: float32, N x C x ..., standard normal, of the posterior's shape, on the device to encode on.
+    """
+    codec = family_of(pipeline).codec
+    pictures, mask = cut_out(masked.to(noise.device))
+    autoencoder = codec.in_tiles(pipeline.vae, *masked.shape[-2:])
+    latents = codec.sample(*codec.posterior(autoencoder, pictures), codec.scale(autoencoder), noise)
+    return {MASKED: latents, MASK_PIXELS: mask}
+
+
 @torch.no_grad()
 def encode_references(
     pipeline: Pipeline, pixels: torch.Tensor, device: str | torch.device | None = None
@@ -206,7 +253,9 @@ def sample_pictures(
         prompts, seeds, shapes: N of each, one per image; a shape is (height, width) in pixels.
         encoded: the pipeline's prompts; None: encode them where its text encoders are.
         references: function that returns the reference pictures of an image by its number, each uint8,
-            3 x height x width; images of one shape have as many, of the same shapes. None: there are none.
+            3 x height x width; images of one shape have as many, of the same shapes. Of families that paint
+            masks it is one, the masked picture, of 4 channels, as for `cut_out`. None: there are none, and
+            all of the image is painted.
 
     Raises:
         ValueError: guidance is on, and has no meaning for this model.
@@ -221,18 +270,23 @@ def sample_pictures(
         batch, rows = slice(numbers.start, numbers.stop), slice(numbers.start - first, numbers.stop - first)
         height, width = shapes[batch.start]
         generators = seeded(seeds[batch])
-        noise = initial_noise(generators, family.codec.shape(pipeline.vae.config, height, width))
-        sizes = whole_pictures(family, len(noise), height, width, device)
-        if references is not None:
-            of_each = zip(*(references(number) for number in numbers), strict=True)
-            for number, pictures in enumerate(of_each):
-                sizes[reference(number)] = encode_references(pipeline, torch.stack(pictures))
+        shape = family.codec.shape(pipeline.vae.config, height, width)
+        noise = first_noise(family, generators, shape)
+        given = whole_pictures(family, len(noise), height, width, device)
+        looked_at = zip(*(references(number) for number in numbers), strict=True) if references else ()
+        pictures = [torch.stack(each) for each in looked_at]
+        if family.paints_masks:
+            further = initial_noise(generators, family.codec.unpacked_shape(shape))
+            whole = torch.zeros((len(noise), 4, height, width), dtype=torch.uint8)
+            masked = pictures.pop() if pictures else whole
+            given |= encode_masked(pipeline, masked, further.to(device))
+        given |= {reference(n): encode_references(pipeline, each) for n, each in enumerate(pictures)}
         return sample_latents(
             family,
             family.model(pipeline),
             pipeline.scheduler,
             noise.to(device),
-            {name: each[rows].to(device) for name, each in captions.items()} | sizes,
+            {name: each[rows].to(device) for name, each in captions.items()} | given,
             {name: each.to(device) for name, each in null.items()},
             num_steps=num_steps,
             guidance_scale=guidance_scale,

@@ -400,7 +400,7 @@ class Evaluator:
 
         from ray_jobs.diffusion.sampling import batches_of
 
-        pixels = [_pixels(data) for data in pictures]
+        pixels = [_pixels(data)[:3] for data in pictures]
         sides = [(each.shape[1], each.shape[2]) for each in pixels]
         for batch in batches_of(sides, self.config.evaluate.batch_size):
             yield torch.stack(pixels[batch])
@@ -537,16 +537,18 @@ def _compared(
     for batch in batches:
         for picture in batch:
             references, target = next(pairs)
-            changes.append(outside_change(picture, _pixels(references[0]), _pixels(target)))
+            changes.append(outside_change(picture, _pixels(references[0])[:3], _pixels(target)))
         yield batch
 
 
 def _pixels(png: bytes) -> "torch.Tensor":
-    """Decode a PNG: uint8, 3 x H x W."""
+    """Decode a PNG: uint8, 3 x H x W, or 4 x H x W if it has an alpha channel."""
     import torch
     from PIL import Image
 
-    return torch.from_numpy(np.array(Image.open(io.BytesIO(png)).convert("RGB"))).permute(2, 0, 1)
+    picture = Image.open(io.BytesIO(png))
+    mode = "RGBA" if picture.mode == "RGBA" else "RGB"
+    return torch.from_numpy(np.array(picture.convert(mode))).permute(2, 0, 1)
 
 
 def _keeping(batches: "Iterator[torch.Tensor]", kept: SampleFiles | None) -> "Iterator[torch.Tensor]":

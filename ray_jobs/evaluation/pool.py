@@ -814,7 +814,7 @@ class EvaluatorPool:
 
     def _prompt_references(self, numbers: Sequence[int]) -> "tuple[ObjectRef[References] | None, list[int]]":
         """Return what own prompts edit: the first square pictures that rungs are measured on, in turn."""
-        if not self.config.data.num_references:
+        if not self.dataset.manifest.references:
             return None, []
         if self._edited_by_prompts is None:
             split, side = splits(self.config)[0], self.config.data.resolution

@@ -4,6 +4,10 @@ The distance to the nearest training picture alone says little: the autoencoder 
 moves a picture further than its look-alikes are away. So both sides go through the autoencoder. Pictures are
 compared with what it restores of the training pictures, and how near pictures come without memorisation is
 measured on restored pictures that the model did not see.
+
+Of copies that went through the demo's autoencoder twice (EfficientNet-Lite0, 100 training and 30 held-out
+pictures, means over 10 to 60 random splits) the limit finds 20 % by distance and 36 % by nearness among the
+pictures themselves, and 99 % and 100 % among restored ones; of latents with 20 % noise 2, 8, 39 and 61 %.
 """
 
 from collections.abc import Mapping

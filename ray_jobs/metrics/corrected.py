@@ -11,6 +11,13 @@ from halves of both sets to the whole sets. For real pictures that were not comp
 growth is known: a distribution's fidelity to itself is its trace. So a generator's growth, as a logarithm, is
 continued by as many times as it is for these real pictures. For Gaussians the result agrees with the distance
 of the distributions (tests/unit/test_corrected.py).
+
+One demo run, 128 pictures each, beside as many real training pictures (real: two sets of real pictures). On
+common noise step 320 is 3.3 +- 3.2 below step 160.
+
+    learning rate, step    2e-4, 80      1e-3, 80      160           320           real
+    FID                    152.3 +- 2.7  142.8 +- 3.5  136.6 +- 3.2  133.9 +- 3.2  123.2, 130.3
+    corrected FID          49.2 +- 5.9   23.5 +- 7.8   17.4 +- 6.5   14.1 +- 7.5   1.3, -4.9
 """
 
 import math

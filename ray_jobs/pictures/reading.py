@@ -5,6 +5,7 @@ import io
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -96,6 +97,46 @@ def read_picture(
         Rejected: `empty_file`; `unknown_format`; `too_many_pixels`; `truncated`: the file ends too early;
             `unreadable`: it is broken in another way.
     """
+    stored = _stored(data, max_pixels, at_least, formats)
+    upright, alpha, size = to_srgb(stored.colours, stored.profile), stored.alpha, stored.size
+    is_transparent = alpha is not None and alpha.histogram()[-1] < alpha.width * alpha.height
+    if alpha is not None:
+        canvas = Image.new("RGB", upright.size, background)
+        canvas.paste(upright, mask=alpha)
+        upright = canvas
+    if stored.orientation in UPRIGHT:
+        upright = upright.transpose(UPRIGHT[stored.orientation])
+    width, height = reversed(size) if stored.orientation in SWAPS_SIDES else size
+    return Picture(upright, width, height, is_transparent)
+
+
+def read_alpha(data: bytes, *, max_pixels: int) -> Image.Image | None:
+    """Decode the alpha channel of a PNG file: 8 bits, upright; None if it has none.
+
+    Args:
+        data, max_pixels: as for `read_picture`.
+
+    Raises:
+        Rejected: as for `read_picture`.
+    """
+    stored = _stored(data, max_pixels, None, ("PNG",))
+    if stored.alpha is None or stored.orientation not in UPRIGHT:
+        return stored.alpha
+    return stored.alpha.transpose(UPRIGHT[stored.orientation])
+
+
+class _Stored(NamedTuple):
+    """A decoded file, neither upright nor in sRGB."""
+
+    colours: Image.Image
+    alpha: Image.Image | None
+    profile: bytes | None
+    orientation: int
+    size: tuple[int, int]  # width and height of the file's image in pixels
+
+
+def _stored(data: bytes, max_pixels: int, at_least: int | None, formats: Collection[str]) -> _Stored:
+    """Decode a file; arguments and errors as of `read_picture`."""
     if not data:
         raise Rejected("empty_file", "the file is empty")
     file_format = _format(data)
@@ -108,7 +149,7 @@ def read_picture(
         image, size = _load(data, file_format, max_pixels, at_least)
         orientation = _orientation(image)
         profile = profile or image.info.get("icc_profile")
-        colours, alpha = eight_bits(image)
+        return _Stored(*eight_bits(image), profile, orientation, size)
     except Rejected:
         raise
     except Exception as error:
@@ -118,16 +159,6 @@ def read_picture(
         cut = "truncated" in broken.lower() or _is_cut(data, file_format)
         detail = f"{file_format}: {broken or type(error).__name__}"
         raise Rejected("truncated" if cut else "unreadable", detail) from None
-    upright = to_srgb(colours, profile)
-    is_transparent = alpha is not None and alpha.histogram()[-1] < alpha.width * alpha.height
-    if alpha is not None:
-        canvas = Image.new("RGB", upright.size, background)
-        canvas.paste(upright, mask=alpha)
-        upright = canvas
-    if orientation in UPRIGHT:
-        upright = upright.transpose(UPRIGHT[orientation])
-    width, height = reversed(size) if orientation in SWAPS_SIDES else size
-    return Picture(upright, width, height, is_transparent)
 
 
 def _format(data: bytes) -> str:
@@ -231,7 +262,7 @@ def decode_image(
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """Encode uint8 pixels, height x width x 3, as a PNG file."""
+    """Encode uint8 pixels, height x width x 3, or 4 with an alpha channel, as a PNG file."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
     return buffer.getvalue()

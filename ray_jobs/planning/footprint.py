@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from ray_jobs.config import WHOLE_TENSORS, Config
 from ray_jobs.data.encoding.shapes import square_latents, square_references
 from ray_jobs.diffusion.families import Conditions, Family
-from ray_jobs.diffusion.families.family import reference
+from ray_jobs.diffusion.families.family import MASK_PIXELS, MASKED, reference
 from ray_jobs.diffusion.finetuning import ADAPTER, FineTuning
 from ray_jobs.diffusion.pack import Pack
 from ray_jobs.diffusion.precision import PRECISIONS, cast, to_precision
@@ -170,6 +170,9 @@ def blank_conditions(
             count = family.text.num_tokens(name, text_encoders[encoder])
             found[name] = torch.ones((rows, count), dtype=torch.int64)
     side = config.data.resolution
+    if family.paints_masks:
+        found[MASKED] = torch.empty((rows, *square_latents(config)))
+        found[MASK_PIXELS] = torch.empty((rows, 1, side, side), dtype=torch.bool)
     for number, latents in enumerate(square_references(config)):
         found[reference(number)] = torch.empty((rows, *latents))
     return found | whole_pictures(family, rows, side, side)

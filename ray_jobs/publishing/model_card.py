@@ -40,6 +40,7 @@ class PublishedBase:
         size_arguments: of the pipeline, see `Family.size_arguments`.
         references: names of the reference pictures; empty if it has none.
         takes_one: True if the pipeline takes one reference picture, and no list.
+        paints_masks: see `Family.paints_masks`.
         torchvision: True if plain diffusers needs it to load the base.
         blocks: class of the base's blocks, if diffusers has only a modular pipeline for it.
     """
@@ -51,6 +52,7 @@ class PublishedBase:
     size_arguments: Mapping[str, object] = field(default_factory=dict)
     references: tuple[str, ...] = ()
     takes_one: bool = False
+    paints_masks: bool = False
     torchvision: bool = False
     blocks: str | None = None
 
@@ -82,7 +84,7 @@ def model_card(
     """
     config = config.with_settings({LEARNING_RATE: winner.learning_rate, **winner.settings})
     parts = [
-        f"---\n{write_yaml(_front_matter(config, base.on_hub, pictures))}---",
+        f"---\n{write_yaml(_front_matter(config, base, pictures))}---",
         f"# {_text(config.name)}",
         _introduction(config, winner),
         *(_pictures(pictures, manifest) if pictures else ()),
@@ -110,13 +112,12 @@ def portable(path: str) -> str:
 
 
 def _front_matter(
-    config: Config, base_on_hub: bool, pictures: Sequence[tuple[str, str]]
+    config: Config, base: PublishedBase, pictures: Sequence[tuple[str, str]]
 ) -> dict[str, object]:
     lora = config.train.makes_adapter
-    edits = config.data.num_references > 0
-    task = "image-to-image" if edits else "text-to-image"
+    task = "image-to-image" if base.references or base.paints_masks else "text-to-image"
     found: dict[str, object] = {"library_name": "diffusers", "pipeline_tag": task}
-    if base_on_hub:  # the Hub accepts only names of its own models
+    if base.on_hub:  # the Hub accepts only names of its own models
         found |= {"base_model": config.model.base, "base_model_relation": "adapter" if lora else "finetune"}
     found["tags"] = [task, "diffusers", *(["lora"] if lora else []), "diffray"]
     if pictures:
@@ -227,7 +228,7 @@ def usage(
             *(["import os", ""] if f"model = {HERE}" in load else []),
             "import torch",
             f"from diffusers import {', '.join(sorted(names))}",
-            *(["from PIL import Image"] if base.references else []),
+            *(["from PIL import Image"] if base.references or base.paints_masks else []),
             *([f"from peft import {', '.join(INJECTING)}"] if base.injected and lora else []),
             *(["from safetensors.torch import load_file"] if MAGNITUDES[0] in load else []),
             "",
@@ -236,6 +237,7 @@ def usage(
             "picture = pipeline(",
             f"    prompt={prompt!r},",  # by name: FLUX.2's pipelines take an image first
             *([f"    image=references{'[0]' if base.takes_one else ''},"] if base.references else []),
+            *(["    image=before,", "    mask_image=mask,"] if base.paints_masks else []),
             f"    height={side},",
             f"    width={side},",
             *(f"    {name}={value!r}," for name, value in base.size_arguments.items()),
@@ -249,7 +251,12 @@ def usage(
 
 
 def _references(base: PublishedBase) -> list[str]:
-    """Return the lines that open the reader's own reference pictures."""
+    """Return the lines that open the reader's own reference pictures, or the picture to paint into."""
+    if base.paints_masks:
+        return [
+            'before = Image.open("before.png").convert("RGB")  # your picture',
+            'mask = Image.open("mask.png").convert("L")  # of the same size, white where it is to be painted',
+        ]
     if not base.references:
         return []
     names = ", ".join(repr(f"{portable(name)}.png") for name in base.references)

@@ -81,6 +81,7 @@ def published_base(config: Config) -> PublishedBase:
         size_arguments=family.size_arguments(config.data.resolution, config.data.resolution),
         references=tuple(config.data.all_sources[0].reference_columns),
         takes_one=family.max_references == 1,
+        paints_masks=family.paints_masks,
         torchvision=has_processor(base, revision=revision),
         blocks=blocks_name(index) if is_modular(index) else None,
     )

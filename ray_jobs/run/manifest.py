@@ -128,7 +128,7 @@ class Manifest(Record):
             ask; 0: not recorded by an earlier release.
         composition: words, sizes, brightness and classes of the kept pictures; empty in earlier releases.
         judged: number of pictures among which `rejected` are; 0: not recorded by an earlier release.
-        references: number of each row's reference pictures.
+        references: number of each row's reference pictures; 1 if the model paints into its mask.
         digest: digest of the pictures, captions and splits.
         inputs: digest of sources and settings, by which prepare knows its own result again.
         content: digest of the training input.

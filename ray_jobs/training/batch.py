@@ -10,7 +10,7 @@ import torch
 from ray_jobs.config import TrainConfig
 from ray_jobs.data.feeding.order import rows_of_rank
 from ray_jobs.diffusion.families import Captions
-from ray_jobs.diffusion.families.family import reference
+from ray_jobs.diffusion.families.family import MASK_PIXELS, MASKED, reference
 from ray_jobs.diffusion.families.text import LENGTHS, MASK
 from ray_jobs.diffusion.objectives import Draws, per_row
 from ray_jobs.diffusion.pack import Trainable
@@ -18,6 +18,7 @@ from ray_jobs.diffusion.protocols import Autoencoder
 from ray_jobs.diffusion.randomness import draw
 
 COLUMNS = {"sizes": "conditioning"}  # columns of the conditions that belong to the picture
+PAINTED = ("masked_mean", "masked_logvar", MASK_PIXELS)  # columns of families that paint masks
 
 
 def loss_shares(config: TrainConfig) -> list[float]:
@@ -113,6 +114,8 @@ class InputMaker:
         shift, factor = self.codec.scale(autoencoder)
         self.scale = shift.to(device), factor.to(device)
         self.picture_conditions = model.family.picture_conditions
+        self.painted = PAINTED if model.family.paints_masks else ()
+        self.latent_pixels = self.codec.latent_pixels(autoencoder.config)
         trained = bool(model.text_encoders)
         names = model.family.text.tokens if trained else model.family.text.embeds
         present = {name: empty_caption[name] for name in names if name in empty_caption}
@@ -126,7 +129,8 @@ class InputMaker:
     def columns(self) -> tuple[str, ...]:
         """The columns of the prepared rows that a step reads."""
         of_picture = (COLUMNS[name] for name in self.picture_conditions)
-        return ("latents_mean", "latents_logvar", *self.null, *of_picture, *self.references, *self.masks)
+        further = (*of_picture, *self.references, *self.masks, *self.painted)
+        return ("latents_mean", "latents_logvar", *self.null, *further)
 
     def make(self, piece: Piece, step: int) -> tuple[dict[str, Any], torch.Tensor]:
         """Return the arguments of `FineTuning` and the rows' loss weights, both on the device."""
@@ -146,6 +150,7 @@ class InputMaker:
             self.codec.packed_shape(stored),
             self.settings,
             posterior_shape=stored,
+            with_masked=bool(self.painted),
         )
         dropped = drawn.caption < self.caption_dropout
         lengths = None
@@ -158,6 +163,7 @@ class InputMaker:
                 **{name: piece.rows[name] for name in self.columns},
                 **loss,
                 "posterior": drawn.posterior,
+                **({} if drawn.masked is None else {"masked_posterior": drawn.masked}),
                 "dropped": dropped,
                 "weights": torch.tensor(piece.weights),
             },
@@ -174,6 +180,10 @@ class InputMaker:
         conditions |= {
             name: self.codec.normalised(there[name].float(), self.scale) for name in self.references
         }
+        if self.painted:
+            masked = there["masked_mean"].float(), there["masked_logvar"].float()
+            conditions[MASKED] = self.codec.sample(*masked, self.scale, there["masked_posterior"])
+            conditions[MASK_PIXELS] = there[MASK_PIXELS]
         prefix = "draws."
         inputs = {
             "latents": self.codec.sample(mean, logvar, self.scale, there["posterior"]),

@@ -13,7 +13,7 @@ import torch
 
 from cluster.storage import Storage
 from ray_jobs.config import Config
-from ray_jobs.data.encoding.shapes import square_latents
+from ray_jobs.data.encoding.shapes import square_latents, square_references
 from ray_jobs.run.folder import RunFolder
 from ray_jobs.training.checkpoint import REPORTED, folder_of, step_of
 from ray_jobs.training.loop import (
@@ -175,10 +175,11 @@ class PackedTraining:
         All ranks must call this.
         """
         first = self.trainings[0]
-        shape, maker = square_latents(first.settings.config), self.inputs.makers[0]
+        config, maker = first.settings.config, self.inputs.makers[0]
+        shape, references = square_latents(config), square_references(config)
 
         def try_rows(rows: int) -> None:
-            rehearse(self.pack, self.engines, self.inputs, blank(maker, shape, rows))
+            rehearse(self.pack, self.engines, self.inputs, blank(maker, shape, rows, references))
 
         most = rows_at_once(first.train, first.world_size)
         found = rehearsed(first.train, try_rows, first.world_size, device)

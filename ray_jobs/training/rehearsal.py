@@ -79,6 +79,11 @@ def blank(
     """
     stored = maker.codec.unpacked_shape(shape)
     rows = {name: torch.zeros((count, *stored)) for name in ("latents_mean", "latents_logvar")}
+    if maker.painted:
+        *posterior, mask = maker.painted
+        rows |= {name: torch.zeros((count, *stored)) for name in posterior}
+        height, width = (side * maker.latent_pixels for side in stored[-2:])
+        rows[mask] = torch.ones((count, 1, height, width), dtype=torch.bool)
     for name, empty in maker.null.items():
         row = torch.ones_like(empty) if name == MASK else empty
         rows[name] = row.cpu().expand(count, *row.shape[1:])

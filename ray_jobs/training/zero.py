@@ -125,6 +125,9 @@ def gradient_buckets(config: TrainConfig, world_size: int, num_trained: int) -> 
 
     ZeRO allocates whole ones at every step, however few gradients there are; two where it sends one of them
     while the other is filled (at stage 3 it has one all the same).
+
+    A bucket as large as the trained weights took 0.86 of the time of DeepSpeed's own size: full training of
+    `models/emoji-base`, one rank, stage 2, 2 pictures per step, median of 8 paired turns, busy machine.
     """
     zero = deepspeed_config(config, world_size)["zero_optimization"]
     overlaps = bool(zero.get("overlap_comm"))

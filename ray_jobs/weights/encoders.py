@@ -4,7 +4,9 @@ import numpy as np
 import torch
 
 from ray_jobs.diffusion.families import Captions, family_of
+from ray_jobs.diffusion.families.family import MASK_PIXELS
 from ray_jobs.diffusion.precision import cast
+from ray_jobs.diffusion.sampling import cut_out
 from ray_jobs.weights.loading import read_pipeline
 from ray_jobs.weights.model_files import not_encoders
 
@@ -55,6 +57,22 @@ class Encoders:
         pictures = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
         mean, logvar = self.family.codec.posterior(self.pipeline.vae, pictures)
         return mean.cpu(), logvar.cpu()
+
+    @torch.no_grad()
+    def encode_masked(self, masked: np.ndarray) -> dict[str, torch.Tensor]:
+        """Return what training needs of N pictures of which a part is to be painted, on the CPU.
+
+        They are `masked_mean` and `masked_logvar`, as of `encode_pictures`, and `MASK_PIXELS`; nothing if the
+        model paints no masks.
+
+        Args:
+            masked: uint8, N x H x W x 4: colours, and 0 in the alpha channel where they are to be painted.
+        """
+        if not self.family.paints_masks:
+            return {}
+        pictures, mask = cut_out(torch.from_numpy(masked).to(self.device).permute(0, 3, 1, 2))
+        mean, logvar = self.family.codec.posterior(self.pipeline.vae, pictures)
+        return {"masked_mean": mean.cpu(), "masked_logvar": logvar.cpu(), MASK_PIXELS: mask.cpu()}
 
     @torch.no_grad()
     def encode_captions(self, captions: list[str], *, negative: bool = False) -> Captions:

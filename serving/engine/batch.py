@@ -48,6 +48,9 @@ class Batch:
         for number in rows[0].references:
             latents = [row.references[number] for row in (*rows, *(rows[i] for i in guided))]
             conditions[reference(number)] = torch.stack(latents)
+        for name in rows[0].painting:
+            of_each = [row.painting[name] for row in (*rows, *(rows[i] for i in guided))]
+            conditions[name] = torch.stack(of_each)
         conditions = {name: cast(each, dtype_of(denoiser)) for name, each in conditions.items()}
         conditions |= whole_pictures(family, len(captions), *rows[0].size, device)
         if MASK in conditions:

@@ -1,7 +1,7 @@
 """Generate the images of many requests, batched at every denoising step. Pure PyTorch: no Ray, no HTTP.
 
 A request becomes a row. Rows join and leave between denoiser calls, each with its own prompt, seed, step
-count, guidance, size, adapter, initial image and reference pictures. Each yields the image that plain
+count, guidance, size, adapter, initial image, mask and reference pictures. Each yields the image that plain
 diffusers generates for its request alone.
 Rows are admitted first come, first served, at most `max_rows` at a time, and together at most as many pixels
 as as many images of the model's own size have. Running rows whose sizes and references' sizes are the same
@@ -24,7 +24,7 @@ from ray_jobs.diffusion.families import family_of
 from ray_jobs.diffusion.memory import Chunks, device_broken
 from ray_jobs.diffusion.precision import dtype_of
 from ray_jobs.diffusion.protocols import Denoiser, Pipeline
-from ray_jobs.diffusion.sampling import initial_noise, seeded
+from ray_jobs.diffusion.sampling import first_noise, seeded
 from ray_jobs.diffusion.schedulers import trained_scheduler
 from ray_jobs.diffusion.solvers import (
     NoStepsLeft,
@@ -202,6 +202,9 @@ class Engine:
         schedule = self._schedule(request.steps, *size, strength, request.zero_terminal_snr)
         guided = request.guidance_scale > 1 and not self.guidance_embedded
         row = Row(request, schedule, size, next(self._arrivals), on_preview, guided)
+        if self.family.paints_masks:
+            whole = torch.zeros(1, dtype=torch.uint8).expand(*size, 4)
+            row.masked = whole if request.masked is None else request.masked
         self.scheduler.add(row)
         self.work.set()
         return row.future
@@ -293,7 +296,7 @@ class Engine:
         for row, captions in zip(guided, embeds[len(rows) :], strict=True):
             row.null_captions = captions
         for row, captions in zip(rows, embeds[: len(rows)], strict=True):
-            noise = initial_noise(seeded([row.request.seed]), self.latent_shape(*row.size))[0]
+            noise = first_noise(self.family, seeded([row.request.seed]), self.latent_shape(*row.size))[0]
             row.latents = (noise * row.schedule.noise_scale).to(self.device)
             row.clean = torch.zeros_like(row.latents)
             if self.num_earlier:

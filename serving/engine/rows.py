@@ -5,11 +5,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
-from ray_jobs.diffusion.families import Captions, family_of
+from ray_jobs.diffusion.families import Captions, Conditions, family_of
 from ray_jobs.diffusion.protocols import Pipeline
 from ray_jobs.diffusion.sampling import UNGUIDED
 from ray_jobs.diffusion.solvers import Schedule
@@ -25,6 +25,8 @@ class Drawing(NamedTuple):
     total_s: float  # seconds from submission to completion
 
 
+Picture = int | Literal["image", "masked"]
+"""A picture of a request that is encoded: a reference by its number, the initial image, or the masked one."""
 OnPreview = Callable[[int, torch.Tensor], object]  # takes the steps done and a uint8 height x width x 3 image
 
 
@@ -55,6 +57,7 @@ def check_request(
     if len(request.references) > family.max_references:
         takes = f"at most {family.max_references}" if family.max_references else "none"
         raise RequestError("references", f"{len(request.references)} given; this model takes {takes}")
+    _check_masked(request, size, family.paints_masks)
     for picture in request.references:
         _check_reference(picture, least, max_side)
     if request.steps < 1:
@@ -90,6 +93,20 @@ def _check_image(request: Request, size: tuple[int, int]) -> None:
             "serving.replica.image_input.read_picture makes it"
         )
         raise RequestError("image", reason)
+
+
+def _check_masked(request: Request, size: tuple[int, int], paints_masks: bool) -> None:
+    masked = request.masked
+    if masked is None:
+        return
+    if not paints_masks:
+        raise RequestError("masked", "given; this model paints into no masks")
+    if masked.dtype != torch.uint8 or masked.shape != (*size, 4):
+        reason = (
+            f"{tuple(masked.shape)} of {masked.dtype}; uint8, {size[0]} x {size[1]} x 4 is needed, as "
+            "serving.replica.image_input.read_masked makes it"
+        )
+        raise RequestError("masked", reason)
 
 
 def _check_reference(picture: torch.Tensor, least: int, max_side: int) -> None:
@@ -135,8 +152,10 @@ class Row:
     clean: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # as predicted by the last step
     earlier: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # past outputs, for some solvers
     deep: torch.Tensor | None = None  # deep features for the next step; with guidance, of both passes
-    unencoded: list[int | None] = field(default_factory=list)  # references by number; None: the initial image
+    masked: torch.Tensor | None = None  # as of the request; None where the model paints into no masks
+    unencoded: list[Picture] = field(default_factory=list)
     references: dict[int, torch.Tensor] = field(default_factory=dict)  # latents, C x ..., by number
+    painting: Conditions = field(default_factory=dict)  # conditions of the masked picture, without rows
     done: int = 0  # steps done
     last_call: int = 0  # denoiser call in which the row last stepped, or after which it joined
 

@@ -1,7 +1,6 @@
 """The state of every unfinished row, and the decision which rows the engine works on next.
 
-A row waits in the queue, has its initial image and references encoded, if it has any, runs until its last
-step, and is decoded.
+A row waits in the queue, has its pictures encoded, if it has any, runs until its last step, and is decoded.
 Nothing here calls a model: `engine.Engine` asks the scheduler what is next, computes it, and reports it.
 """
 
@@ -15,7 +14,7 @@ import torch
 
 from ray_jobs.diffusion.memory import pictures_at_once
 from serving.engine.adapters import AdapterCache
-from serving.engine.rows import Kind, Row
+from serving.engine.rows import Kind, Picture, Row
 
 
 class QueueFull(RuntimeError):
@@ -26,22 +25,23 @@ class Encoding(NamedTuple):
     """A picture waiting to be encoded."""
 
     row: Row
-    number: int | None  # of a reference; None: the initial image
+    which: Picture
 
     @property
     def pixels(self) -> torch.Tensor:
-        """Return the picture, uint8, height x width x 3."""
+        """Return the picture, uint8, height x width x 3, or 4 if it is the masked one."""
         request = self.row.request
-        if self.number is not None:
-            return request.references[self.number]
-        assert request.image is not None
-        return request.image
+        if isinstance(self.which, int):
+            return request.references[self.which]
+        pixels = request.image if self.which == "image" else self.row.masked
+        assert pixels is not None
+        return pixels
 
     @property
-    def kind(self) -> tuple[int, int, bool]:
-        """Return what pictures of one call share: height, width, and whether they are references."""
+    def kind(self) -> tuple[int, int, str]:
+        """Return what pictures of one call share: height, width, and what they are."""
         height, width, _ = self.pixels.shape
-        return height, width, self.number is not None
+        return height, width, "reference" if isinstance(self.which, int) else self.which
 
 
 class Decoding(NamedTuple):
@@ -127,7 +127,8 @@ class Scheduler:
         joined = self.waiting.take(self.free)
         for row in joined:
             row.last_call = self.calls
-            row.unencoded = [] if row.request.image is None else [None]
+            row.unencoded = [] if row.request.image is None else ["image"]
+            row.unencoded += [] if row.masked is None else ["masked"]
             row.unencoded += range(len(row.request.references))
             (self.encoding if row.unencoded else self.running).append(row)
         return joined
@@ -135,11 +136,11 @@ class Scheduler:
     def next_to_encode(self) -> list[Encoding]:
         """Return the pictures that are encoded together: the longest waiting one, and others of its kind.
         Rows without further ones run from now on."""
-        waiting = [Encoding(row, number) for row in self.encoding for number in row.unencoded]
+        waiting = [Encoding(row, which) for row in self.encoding for which in row.unencoded]
         chunk = [each for each in waiting if each.kind == waiting[0].kind]
         chunk = chunk[: self._chunk_of(*chunk[0].kind[:2])] if chunk else []
         for each in chunk:
-            each.row.unencoded.remove(each.number)
+            each.row.unencoded.remove(each.which)
             each.row.last_call = self.calls
         self.running += [row for row in self.encoding if not row.unencoded]
         self.encoding = [row for row in self.encoding if row.unencoded]

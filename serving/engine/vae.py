@@ -1,4 +1,4 @@
-"""The VAE calls between denoising steps: initial images and references become latents, latents pixels.
+"""The VAE calls between denoising steps: a request's pictures become latents, latents pixels.
 
 An image-to-image row begins with the noised latents of its image (SDEdit, arXiv 2108.01073). Finished and
 preview latents are decoded one chunk at a time.
@@ -9,9 +9,8 @@ from collections.abc import Sequence
 import torch
 
 from ray_jobs.diffusion.families import family_of
-from ray_jobs.diffusion.families.codec import Codec
 from ray_jobs.diffusion.protocols import Pipeline
-from ray_jobs.diffusion.sampling import decode_latents, encode_pictures, encode_references
+from ray_jobs.diffusion.sampling import decode_latents, encode_masked, encode_pictures, encode_references
 from serving.engine.cpu_workers import CPUWorkers
 from serving.engine.rows import Row
 from serving.engine.scheduler import Decoding, Encoding
@@ -51,14 +50,18 @@ class Decoder:
 
 
 def encode(pipeline: Pipeline, chunk: Sequence[Encoding], device: str) -> None:
-    """Encode pictures of one kind: set their rows' initial latents, or the latents of their references."""
+    """Encode pictures of one kind: set what their rows begin with, look at, or paint into."""
     pixels = torch.stack([each.pixels for each in chunk]).permute(0, 3, 1, 2)
-    if chunk[0].number is None:
-        _set_initial_latents(pipeline, [each.row for each in chunk], pixels, device)
+    rows = [each.row for each in chunk]
+    if chunk[0].which == "image":
+        _set_initial_latents(pipeline, rows, pixels, device)
+        return
+    if chunk[0].which == "masked":
+        _set_painting(pipeline, rows, pixels, device)
         return
     for each, latents in zip(chunk, encode_references(pipeline, pixels, device), strict=True):
-        assert each.number is not None
-        each.row.references[each.number] = latents
+        assert isinstance(each.which, int)
+        each.row.references[each.which] = latents
 
 
 def _set_initial_latents(pipeline: Pipeline, rows: Sequence[Row], pixels: torch.Tensor, device: str) -> None:
@@ -67,15 +70,30 @@ def _set_initial_latents(pipeline: Pipeline, rows: Sequence[Row], pixels: torch.
     As in diffusers' pipelines, a row's generator draws the posterior sample first, then the noise that is
     added.
     """
-    codec = family_of(pipeline).codec
-    draws = [_two_draws(row.request.seed, codec, tuple(row.latents.shape)) for row in rows]
-    posterior, noise = (torch.stack(column).to(device) for column in zip(*draws, strict=True))
+    draws = [_draws(pipeline, row) for row in rows]
+    posterior, noise, _ = (torch.stack(column).to(device) for column in zip(*draws, strict=True))
     latents = encode_pictures(pipeline, pixels, posterior)
     for i, row in enumerate(rows):
         row.latents = row.schedule.image_scale * latents[i] + row.schedule.noise_scale * noise[i]
 
 
-def _two_draws(seed: int, codec: Codec, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    first = torch.randn((1, *codec.unpacked_shape(shape)), generator=generator)[0]
-    return first, torch.randn((1, *shape), generator=generator)[0]
+def _set_painting(pipeline: Pipeline, rows: Sequence[Row], pixels: torch.Tensor, device: str) -> None:
+    """Set what rows of one size paint into: uint8, N x 4 x height x width.
+
+    A row's generator draws the masked picture's posterior sample last.
+    """
+    posterior = torch.stack([_draws(pipeline, row)[2] for row in rows]).to(device)
+    conditions = encode_masked(pipeline, pixels, posterior)
+    for i, row in enumerate(rows):
+        row.painting = {name: each[i] for name, each in conditions.items()}
+
+
+def _draws(pipeline: Pipeline, row: Row) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return a row's random numbers in their order: for the posterior, noise, for the masked picture's."""
+    shape = tuple(row.latents.shape)
+    unpacked = family_of(pipeline).codec.unpacked_shape(shape)
+    generator = torch.Generator().manual_seed(row.request.seed)
+    first, noise, last = (
+        torch.randn((1, *each), generator=generator)[0] for each in (unpacked, shape, unpacked)
+    )
+    return first, noise, last

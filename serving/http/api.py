@@ -16,9 +16,11 @@ from starlette.types import Receive, Scope, Send
 from serving.http.access import needed_scope
 from serving.http.asgi_exchange import context_of
 from serving.http.feedback import feedback_router
+from serving.http.logs import LOGGER
 from serving.http.multipart import form_fields
 from serving.messages import label
 from serving.schemas import (
+    DRAWING_FAILED,
     APIError,
     EditRequest,
     ErrorResponse,
@@ -45,6 +47,7 @@ PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 IMAGE_FIELDS = ("image", "image[]")  # of an edit; OpenAI's clients send lists by the second name
+MASK_FIELD = "mask"
 Responses = dict[int | str, dict[str, Any]]  # by status, as FastAPI takes them
 KINDS = ("image_generation", "image_edit")  # event kinds, by OpenAI's names
 ERROR_DESCRIPTIONS = {
@@ -92,12 +95,12 @@ def _add_drawing(api: FastAPI, service: Service) -> None:
         return await EventStream.of(service.stream(body, context), context)
 
     async def edit(request: Request) -> Response:
-        """Generate `n` images from those in the field `image`: references, or one initial image."""
-        body, images = await _edit_of(request, fields_of_edits)
+        """Generate `n` images from those in `image`: references, or one to paint into or begin with."""
+        body, images, mask = await _edit_of(request, fields_of_edits)
         context = context_of(request.scope)
         if not body.stream:
-            return _json(await service.generate(body, context, images))
-        return await EventStream.of(service.stream(body, context, images), context)
+            return _json(await service.generate(body, context, images, mask))
+        return await EventStream.of(service.stream(body, context, images, mask), context)
 
     # So that FastAPI checks and documents the limits.
     generate.__annotations__["body"] = limited(ImageRequest, service.settings)
@@ -142,6 +145,7 @@ def _add_drawing(api: FastAPI, service: Service) -> None:
                 version=offer.version and offer.version.version,
                 size=f"{own.width}x{own.height}",
                 references=own.max_references,
+                masks=own.paints_masks,
             )
             for offer in service.catalogue.offers()
         ]
@@ -230,31 +234,37 @@ async def _as_text(
         async for event in events:
             yield _event(event.type, event.model_dump_json())
     except APIError as error:
-        context.reason, context.stream_status = error.code, error.status
-        yield _event("error", json.dumps(error.body()))
+        context.stream_status = error.status
+        yield _event("error", json.dumps(_for_client(error, context).body()))
     finally:
         await events.aclose()
 
 
-async def _edit_of(request: Request, model: type[EditRequest]) -> tuple[EditRequest, list[bytes]]:
-    """Return the fields and the images of an edit form."""
+async def _edit_of(
+    request: Request, model: type[EditRequest]
+) -> tuple[EditRequest, list[bytes], bytes | None]:
+    """Return the fields, the images and the mask of an edit form."""
     fields = form_fields(request.headers.get("content-type", ""), await request.body())
     images = [content for name, content in fields if name in IMAGE_FIELDS]
     if not any(images):
         raise APIError(400, "image: missing; send an image file", "image", "invalid_value")
     texts: dict[str, str] = {}
+    mask: bytes | None = None
     for name, content in fields:
         if name in IMAGE_FIELDS:
             continue
-        if name in texts:
+        if name in texts or (name == MASK_FIELD and mask is not None):
             raise APIError(400, f"{name}: given more than once", name, "invalid_value")
+        if name == MASK_FIELD:
+            mask = content
+            continue
         try:
-            # Unsupported fields, such as a mask, are refused by name, whatever their content.
+            # Unsupported fields, such as markup, are refused by name, whatever their content.
             texts[name] = content.decode(errors="strict" if name in model.model_fields else "replace")
         except UnicodeDecodeError:
             raise APIError(400, f"{name}: must be UTF-8", name, "invalid_value") from None
     try:
-        return model.model_validate(texts), images
+        return model.model_validate(texts), images, mask
     except ValidationError as error:
         raise invalid_request(error.errors()[0]) from None
 
@@ -267,6 +277,12 @@ def _form(model: type[EditRequest]) -> dict[str, object]:
         "items": {"type": "string", "format": "binary"},
         "minItems": 1,
         "description": "PNG, JPEG or WebP. Several references are several fields of this name, or `image[]`.",
+    }
+    schema["properties"][MASK_FIELD] = {
+        "type": "string",
+        "format": "binary",
+        "description": "For models that paint into masks: a PNG of the image's size, transparent where that "
+        "is to be painted.",
     }
     schema["required"].append("image")
     return schema
@@ -285,8 +301,23 @@ def _json(content: object) -> Response:
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, APIError)
-    context_of(request.scope).reason = error.code  # for the outer layers
+    error = _for_client(error, context_of(request.scope))
     return JSONResponse(error.body(), error.status, error.headers)
+
+
+def _for_client(error: APIError, context: RequestContext) -> APIError:
+    """Record an error for the outer layers; return it without what a replica's exception says of the server,
+    which is logged instead."""
+    context.reason = error.code
+    if error.code != DRAWING_FAILED:
+        return error
+    LOGGER.error(
+        "image generation failed", exc_info=error, extra={"fields": {"request_id": context.request_id}}
+    )
+    message = (
+        f"image generation failed; the server's log has details under the request id {context.request_id}"
+    )
+    return APIError(error.status, message, code=error.code)
 
 
 async def _answer_invalid(request: Request, error: Exception) -> Response:

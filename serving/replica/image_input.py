@@ -53,9 +53,54 @@ def read_references(contents: Sequence[bytes], multiple: int, max_side: int) -> 
 def _reference(content: bytes, which: str, multiple: int, max_side: int) -> "torch.Tensor":
     import torch
     from numpy import array
+
+    return torch.from_numpy(array(_fitted(_decoded(content, which), which, multiple, max_side)))
+
+
+def read_masked(
+    content: bytes, mask: bytes, size: tuple[int, int] | None, multiple: int, max_side: int
+) -> "torch.Tensor":
+    """Decode an image file and a mask into a picture to paint into: uint8, height x width x 4.
+
+    Its alpha channel is 0 where the mask, a PNG of the image's size, is transparent, and else 255.
+
+    Args:
+        size: height and width, to which both are fitted as by `read_picture`; None: as by `read_references`.
+
+    Raises:
+        APIError: 400, as by `read_picture` and `read_references`, or the mask has another size, or nothing of
+            it is transparent.
+    """
+    import torch
+    from numpy import array, dstack
+    from PIL import Image, ImageOps
+
+    picture = _decoded(content)
+    try:
+        alpha = reading.read_alpha(mask, max_pixels=MAX_PIXELS)
+    except reading.Rejected as rejected:
+        raise _invalid(f"not a readable PNG: {rejected.detail}", "mask") from rejected
+    if alpha is None:
+        raise _invalid("no pixel is transparent; make those transparent that are to be painted", "mask")
+    if alpha.size != picture.size:
+        sizes = " and the image ".join(f"{each.width}x{each.height}" for each in (alpha, picture))
+        raise _invalid(f"{sizes} pixels; send a mask of the image's size", "mask")
+    painted = alpha.point([255] + 255 * [0])
+    if size is None:
+        parts = [_fitted(each, "", multiple, max_side) for each in (picture, painted)]
+    else:
+        method = Image.Resampling.BICUBIC
+        parts = [ImageOps.fit(each, (size[1], size[0]), method) for each in (picture, painted)]
+    colours, hole = (array(part) for part in parts)
+    if hole.max() <= 127:
+        raise _invalid("no pixel is transparent; make those transparent that are to be painted", "mask")
+    return torch.from_numpy(dstack([colours, 255 * (hole <= 127).astype(hole.dtype)]))
+
+
+def _fitted(picture: "Image.Image", which: str, multiple: int, max_side: int) -> "Image.Image":
+    """Scale a picture down and crop it, as a reference; `which` says in errors which one it is."""
     from PIL import Image
 
-    picture = _decoded(content, which)
     area = picture.width * picture.height
     scale = min(1.0, (REFERENCE_PIXELS / area) ** 0.5, max_side / max(picture.size))
     # A side that is a whole number may come out a little less.
@@ -66,8 +111,7 @@ def _reference(content: bytes, which: str, multiple: int, max_side: int) -> "tor
     if (width, height) != picture.size:
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     left, top = width % multiple // 2, height % multiple // 2
-    box = left, top, left + width // multiple * multiple, top + height // multiple * multiple
-    return torch.from_numpy(array(picture.crop(box)))
+    return picture.crop((left, top, left + width // multiple * multiple, top + height // multiple * multiple))
 
 
 def _decoded(content: bytes, which: str = "") -> "Image.Image":
@@ -80,5 +124,5 @@ def _decoded(content: bytes, which: str = "") -> "Image.Image":
         raise _invalid(f"{which}not a picture in one of {', '.join(FORMATS)}") from rejected
 
 
-def _invalid(reason: str) -> APIError:
-    return APIError(400, f"image: {reason}", "image", "invalid_value")
+def _invalid(reason: str, param: str = "image") -> APIError:
+    return APIError(400, f"{param}: {reason}", param, "invalid_value")

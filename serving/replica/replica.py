@@ -33,7 +33,7 @@ from serving.messages import (
     refusal,
 )
 from serving.replica.engine_cache import EngineCache, NoRoom
-from serving.replica.image_input import read_picture, read_references
+from serving.replica.image_input import read_masked, read_picture, read_references
 from serving.replica.postprocess import Postprocessor
 from serving.request import Request, RequestError
 from serving.schemas import APIError
@@ -52,6 +52,7 @@ PARAMS = {
     "height": "size",
     "width": "size",
     "references": "image",
+    "masked": "mask",
 }  # HTTP parameters by fields of Request with other names
 KEPT_ENGINES = 3  # the base, and two fused or fully trained versions: a champion and its successor
 
@@ -355,6 +356,12 @@ def _with_pixels(routed: RoutedRequest, thread: "EngineThread") -> Request:
         APIError: 400, one cannot be read.
     """
     request, engine = routed.request, thread.engine
+    if routed.mask is not None:
+        size = (request.height, request.width) if request.height and request.width else None
+        masked = read_masked(routed.references[0], routed.mask, size, engine.size_multiple, engine.max_side)
+        height, width = masked.shape[:2]
+        image = None if routed.image is None else masked[..., :3]
+        return replace(request, masked=masked, image=image, height=height, width=width)
     if routed.references:
         references = read_references(routed.references, engine.size_multiple, engine.max_side)
         height, width = references[0].shape[:2]
@@ -388,7 +395,8 @@ def _submit(
 
 def _traits_of(thread: "EngineThread") -> BaseTraits:
     engine = thread.engine
-    return BaseTraits(*engine.own_size, max_references=engine.family.max_references)
+    family = engine.family
+    return BaseTraits(*engine.own_size, family.max_references, family.paints_masks)
 
 
 def _accepts(thread: "EngineThread", num_steps: int) -> bool:

@@ -11,7 +11,15 @@ from ray_jobs.registry.models import CANDIDATE, CHAMPION, RegisteredModel
 from serving.feedback.schemas import new_image_id
 from serving.messages import BASE, RoutedRequest, label
 from serving.request import Request
-from serving.schemas import MAX_SEED, STRENGTH, APIError, EditRequest, ImageRequest, width_and_height
+from serving.schemas import (
+    MAX_SEED,
+    STRENGTH,
+    APIError,
+    EditRequest,
+    ImageRequest,
+    unsupported,
+    width_and_height,
+)
 from serving.service.registry_watcher import RegistryWatcher
 from serving.service.replica_client import ReplicaClient
 from serving.service.request_context import RequestContext
@@ -51,12 +59,17 @@ class RequestPlanner:
             raise APIError(404, str(error), "model", "model_not_found") from None
 
     async def plan(
-        self, request: ImageRequest, context: RequestContext, images: Sequence[bytes] = ()
+        self,
+        request: ImageRequest,
+        context: RequestContext,
+        images: Sequence[bytes] = (),
+        mask: bytes | None = None,
     ) -> list[RoutedRequest]:
         """Return one request per image, with the server's defaults filled in.
 
         Args:
-            images: image files of an EditRequest: references or one initial image.
+            images: image files of an EditRequest: references, one to paint into, or one initial image.
+            mask: of the image to paint into, transparent where it is to be painted.
 
         Raises:
             APIError: a field, which is named, is not supported.
@@ -73,7 +86,7 @@ class RequestPlanner:
         references: tuple[bytes, ...] = ()
         assert bool(images) == isinstance(request, EditRequest)
         if isinstance(request, EditRequest):
-            strength, references = await self._given(request, images)
+            strength, references = await self._given(request, images, mask)
         seed = random.randint(0, MAX_SEED) if request.seed is None else request.seed
         steps = request.steps or self.settings.default_steps
         first = Request(
@@ -92,6 +105,7 @@ class RequestPlanner:
             first,
             images[0] if strength else None,
             references,
+            mask,
             # Edits are not scored: they differ from the published images as much as their input does.
             scored=not images and version in (self.catalogue.champion, self.catalogue.candidate),
             asked=time.time(),
@@ -141,14 +155,24 @@ class RequestPlanner:
         return width, height
 
     async def _given(
-        self, request: EditRequest, images: Sequence[bytes]
+        self, request: EditRequest, images: Sequence[bytes], mask: bytes | None
     ) -> tuple[float | None, tuple[bytes, ...]]:
-        """Return the strength of an edit that begins with its image, or the references of another.
+        """Return the strength of an edit that begins with its image, and the references of another.
 
         Raises:
-            APIError: 400, there are too many images.
+            APIError: 400, there are too many images, or the mask is missing or of no use.
         """
-        limit = (await self.replicas.traits()).max_references
+        traits = await self.replicas.traits()
+        if traits.paints_masks:
+            if mask is None:
+                reason = "missing; this model paints into a PNG's transparent pixels, of the image's size"
+                raise APIError(400, f"mask: {reason}", "mask", "invalid_value")
+            if len(images) > 1:
+                raise _too_many(images, "this model paints into one")
+            return request.strength, tuple(images)
+        if mask is not None:
+            raise unsupported("mask")
+        limit = traits.max_references
         if limit and request.strength is None:
             if len(images) > limit:
                 raise _too_many(images, f"this model takes at most {limit}")

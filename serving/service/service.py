@@ -82,12 +82,16 @@ class Service:
             self._in_background(self.shadow.run())
 
     async def generate(
-        self, request: ImageRequest, context: RequestContext, images: Sequence[bytes] = ()
+        self,
+        request: ImageRequest,
+        context: RequestContext,
+        images: Sequence[bytes] = (),
+        mask: bytes | None = None,
     ) -> ImageResponse:
         """Generate `n` images of a prompt.
 
         Args:
-            images: image files of an EditRequest, see `RequestPlanner.plan`.
+            images, mask: files of an EditRequest, see `RequestPlanner.plan`.
             context: facts about the HTTP request. Its key selects the version if the request names no user;
                 facts about the images are added for the log.
 
@@ -97,7 +101,7 @@ class Service:
         deadline = asyncio.get_running_loop().time() + self.settings.request_timeout_s
         with self._slot(), self._in_time():
             async with asyncio.timeout_at(deadline):
-                planned = await self._plan(request, context, images)
+                planned = await self._plan(request, context, images, mask)
             with self._counted(planned[0]):
                 async with asyncio.timeout_at(deadline):
                     pictures = await self.replicas.draw(planned)
@@ -110,7 +114,11 @@ class Service:
         )
 
     async def stream(
-        self, request: ImageRequest, context: RequestContext, images: Sequence[bytes] = ()
+        self,
+        request: ImageRequest,
+        context: RequestContext,
+        images: Sequence[bytes] = (),
+        mask: bytes | None = None,
     ) -> AsyncGenerator[ImageEvent]:
         """Generate one image, yielding its previews on the way.
 
@@ -120,7 +128,7 @@ class Service:
         deadline = asyncio.get_running_loop().time() + self.settings.request_timeout_s
         with self._slot(), self._in_time():
             async with asyncio.timeout_at(deadline):
-                (planned,) = await self._plan(request, context, images)
+                (planned,) = await self._plan(request, context, images, mask)
             async with aclosing(self.replicas.watch(planned)) as pictures:
                 with self._counted(planned):
                     for index in count():
@@ -189,9 +197,9 @@ class Service:
             self.metrics.serve([*served[:2], (BASE, BASE), *served[2:]])
 
     async def _plan(
-        self, request: ImageRequest, context: RequestContext, images: Sequence[bytes]
+        self, request: ImageRequest, context: RequestContext, images: Sequence[bytes], mask: bytes | None
     ) -> list[RoutedRequest]:
-        planned = await self.planner.plan(request, context, images)
+        planned = await self.planner.plan(request, context, images, mask)
         self._name_versions()
         return planned
 

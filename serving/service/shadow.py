@@ -44,7 +44,7 @@ class Shadow:
 
     Args:
         folder: output folder with slots `000/` and so on. Each holds `champion.png`, `candidate.png`, for an
-            edit the initial image as `given` or the references as `reference-0` and so on, and
+            edit the initial image as `given`, the references as `reference-0` and so on and `mask`, and
             `parameters.json`, which is written last. The file `next` holds the slot at which the next process
             continues.
         draw: function that has one image generated.
@@ -97,6 +97,8 @@ class Shadow:
             place.write_bytes("given", pair.request.image)
         for number, content in enumerate(pair.request.references):
             place.write_bytes(f"reference-{number}", content)
+        if pair.request.mask is not None:
+            place.write_bytes("mask", pair.request.mask)
         versions = {"champion": label(pair.answered.version), "candidate": label(pair.request.version)}
         request, routed = asdict(pair.request.request), pair.request._asdict()
         parameters = {name: request[name] for name in PARAMETERS} | {name: routed[name] for name in ROUTING}

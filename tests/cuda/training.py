@@ -30,7 +30,7 @@ from ray_jobs.training.state import snapshot, whole
 from ray_jobs.weights.encoders import Encoders
 from tests.cuda.budgets import ON_HOST, PLAIN
 from tests.cuda.pretend import Pretend
-from tests.tiny_models import FAMILY_MODELS, write
+from tests.tiny_models import FAMILY_MODELS, half_painted, write
 
 CASES: dict[str, dict[str, Any]] = {
     "dora in pieces, recomputed": {
@@ -84,6 +84,7 @@ def encoded_rows(config: Config) -> tuple[dict[str, torch.Tensor], dict[str, tor
     captions, empty = encoders.encode_captions(CAPTIONS), encoders.encode_captions([""])
     sizes = torch.tensor([[64, 64, 0, 0, 64, 64]] * 4, dtype=torch.int32)
     rows = {"latents_mean": mean, "latents_logvar": logvar, "conditioning": sizes, **captions}
+    rows |= encoders.encode_masked(half_painted(pixels))
     stored = {name: each.bfloat16() if each.is_floating_point() else each for name, each in rows.items()}
     return stored, empty
 

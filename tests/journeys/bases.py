@@ -227,6 +227,7 @@ BASES: dict[str, Callable[[Path], Path]] = {
     "Stable Diffusion XL, only fp16 files": partial(stable_diffusion_xl, variant="fp16"),
     "Stable Diffusion 3": stable_diffusion_3,
     "FLUX.1-dev": flux,
+    "FLUX.1 Fill": partial(in_shards, "FluxFillPipeline"),
     "Chroma": chroma,
     "Z-Image": z_image,
     "FLUX.2 klein": flux_2_klein,

@@ -49,6 +49,13 @@ def pairs(folder: Path) -> dict[str, Any]:
     return {"path": str(folder), "reference_columns": ["before", "palette"], "mask_column": "mask"}
 
 
+def masked(folder: Path) -> dict[str, Any]:
+    """The same pictures, with masks of what is drawn, and without references."""
+    found = pairs(folder)
+    del found["reference_columns"]
+    return found
+
+
 def dreambooth(folder: Path) -> dict[str, Any]:
     """Eight photos without captions; the subject's prompts are in the configuration."""
     folder.mkdir()

@@ -14,6 +14,7 @@
 | krea-2     | Krea 2, whose captions are ragged   | folder of shapes             | lora                   |
 | hidream    | HiDream, with four text encoders    | folder of shapes, buckets    | lora                   |
 | edits      | FLUX.2 klein                        | pairs, two references, masks | lora                   |
+| fill       | FLUX.1 Fill                         | pictures with masks          | lora                   |
 | quantized  | FLUX.1-dev                          | folder of shapes             | lora on an int8 base   |
 
 Two trials train at once, with DoRA in one worker group; but with folds each fold has one, and with a stream
@@ -124,6 +125,17 @@ JOURNEYS = [
         trainings=1,
     ),
     Journey(
+        "fill",
+        "FLUX.1 Fill",
+        pictures.masked,
+        {
+            "train": {"loss": {"outside_mask": 1.0}},
+            "search": {"learning_rates": [0.02]},
+            "evaluate": {"prompts": ["a red star"]},
+        },
+        trainings=1,
+    ),
+    Journey(
         "quantized",
         "FLUX.1-dev",
         pictures.folder_of_shapes,
@@ -145,6 +157,7 @@ WALKED_IN_PARTS = (
     "z-image",
     "krea-2",
     "hidream",
+    "fill",
     "quantized",
 )
 

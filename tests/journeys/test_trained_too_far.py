@@ -1,4 +1,8 @@
-"""A subject that is trained too far on purpose, in the demo's model: an earlier rung wins."""
+"""A subject that is trained too far on purpose, in the demo's model: an earlier rung wins.
+
+Measured from step 30 to 200: FID falls from 185 to 163 and the training loss from 0.43 to 0.16, but the
+subject score rises from 0.57 to 0.79.
+"""
 
 from pathlib import Path
 

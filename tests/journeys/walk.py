@@ -119,11 +119,13 @@ def walk(journey: Journey, config: Config, port: int) -> None:
         winner = json.loads((run / "winner.json").read_text())
         assert winner["ranked_by"] == "preference" and winner["preference_model"].startswith("judge@")
         assert "What the reward model prefers" in (run / "report.html").read_text()
-    if references := config.data.sources[0].reference_columns:
+    if given := files_of(config):
         winner = json.loads((run / "winner.json").read_text())
         assert winner["ranked_by"] == "target" and 0 < winner["unedited_test_target"] < 1
-        assert "their targets on the test split" in (run / "report.html").read_text()
-        assert f"{tuple(f'{name}.png' for name in references)}".strip("()") in card
+        report = (run / "report.html").read_text(encoding="utf-8")
+        assert "their targets on the test split" in report
+        assert (">before<" in report) == (len(given) == 1 or "mask" in given)
+        assert all(f"{name}.png" in card for name in given)
     with endpoint(config, version, port) as url:
         served = served_picture(url, config, prompt_of(card), f"{version.name}@1")
         base = served_picture(url, config, prompt_of(card), "base")
@@ -141,17 +143,25 @@ def served_picture(url: str, config: Config, prompt: str, model: str) -> Any:
         "guidance_scale": config.evaluate.guidance_scale,
         "size": f"{SIDE}x{SIDE}",
     }
-    references = [_file(picture) for picture in references_of(config).values()]
-    route = "edits" if references else "generations"
-    answer: Any = call(f"{url}/v1/images/{route}", body, 120, images=references)
+    given = files_of(config)
+    mask = given.pop("mask", None)
+    if mask is not None:  # OpenAI's form: transparent where it is to be painted
+        mask.putalpha(mask.convert("L").point(lambda level: 255 * (level < 128)))
+    images = [_file(picture) for picture in given.values()]
+    route = "edits" if images else "generations"
+    hole = None if mask is None else _file(mask)
+    answer: Any = call(f"{url}/v1/images/{route}", body, 120, images=images, mask=hole)
     data = base64.b64decode(answer["data"][0]["b64_json"])
     return np.asarray(Image.open(io.BytesIO(data))).astype(int)
 
 
-def references_of(config: Config) -> dict[str, Image.Image]:
-    """A picture for each of the columns of references."""
-    columns = config.data.sources[0].reference_columns
-    return {name: draw(captions()[number], number) for number, name in enumerate(columns)}
+def files_of(config: Config) -> dict[str, Image.Image]:
+    """What the card's program opens: a picture for each column of references, or one and its mask."""
+    source = config.data.sources[0]
+    if source.mask_column and not source.reference_columns:
+        before = draw(captions()[0], 0).resize((SIDE, SIDE))
+        return {"before": before, "mask": before.convert("L").point(lambda level: 255 * (level < 250))}
+    return {name: draw(captions()[number], number) for number, name in enumerate(source.reference_columns)}
 
 
 def _file(picture: Image.Image) -> bytes:
@@ -165,8 +175,8 @@ def plain_picture(card: str, config: Config, version: RegisteredModel) -> Any:
     folder, base = Path(version.source), Path(config.model.base)
     beside, picture = folder / base.name, folder / "picture.png"
     beside.symlink_to(base)
-    for name, reference in references_of(config).items():
-        reference.save(folder / f"{name}.png")
+    for name, given in files_of(config).items():
+        given.save(folder / f"{name}.png")
     try:
         with contextlib.chdir(folder):
             exec(program(card), {})

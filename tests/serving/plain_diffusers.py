@@ -13,7 +13,7 @@ from PIL import Image
 
 from ray_jobs.diffusion.families import family_of
 from ray_jobs.diffusion.families.text_processor import text_processor
-from ray_jobs.diffusion.sampling import encode_prompts
+from ray_jobs.diffusion.sampling import encode_prompts, seeded
 from serving.request import Request
 
 
@@ -39,7 +39,21 @@ def load(folder: Path, variant: str | None = None) -> Any:
         folder, variant=variant, dtype=torch.float32, **absent
     )
     pipeline.set_progress_bar_config(disable=True)
+    if isinstance(pipeline, diffusers.FluxFillPipeline):
+        pipeline.__class__ = type("FluxFillPipeline", (_AllPainted, diffusers.FluxFillPipeline), {})
     return pipeline
+
+
+class _AllPainted:
+    """Call of a pipeline that paints into masks: without one, all of a picture is painted."""
+
+    def __call__(self, *, prompt: str | list[str], **options: Any) -> Any:
+        count, size = 1 if isinstance(prompt, str) else len(prompt), (options["width"], options["height"])
+        # One for each row: else all of them would share the first one's sample of the posterior.
+        whole = {"image": [Image.new("RGB", size)] * count, "mask_image": [Image.new("L", size, 255)] * count}
+        options = whole | {"generator": seeded(range(count))} | options
+        call: Any = diffusers.FluxFillPipeline.__call__
+        return call(self, prompt=prompt, **options)
 
 
 def _modular(folder: Path, variant: str | None) -> Any:
@@ -89,6 +103,15 @@ class _OfLists:
         return SimpleNamespace(images=torch.cat(found))
 
 
+def attentive(pipeline: Any) -> Any:
+    """A pipeline with larger weights: random ones are so small that no picture looked at would be seen."""
+    with torch.no_grad():
+        pipeline.vae.encoder.conv_out.weight *= 10
+        for weight in pipeline.transformer.parameters():
+            weight *= 2 if weight.ndim == 2 else 1
+    return pipeline
+
+
 def keep_size(pipeline: Any, height: int, width: int) -> None:
     """Let the pipelines of HiDream and Kontext draw at this size, which they would scale to an area."""
     if isinstance(pipeline, diffusers.FluxKontextPipeline):
@@ -109,18 +132,29 @@ def draw(pipeline: Any, request: Request) -> torch.Tensor:
         options["negative_prompt"] = request.negative_prompt
     if request.references:
         options["image"] = [Image.fromarray(pixels.numpy()) for pixels in request.references]
+    if request.masked is not None:
+        colours, alpha = request.masked.split([3, 1], dim=2)
+        options["image"] = Image.fromarray(colours.numpy())
+        options["mask_image"] = Image.fromarray(((alpha[..., 0] == 0) * 255).to(torch.uint8).numpy())
     if request.image is None:
         options |= {"height": request.height, "width": request.width}
         if request.height and request.width:
             keep_size(pipeline, request.height, request.width)
     else:
         options |= image_options(pipeline, request.image, request.strength)
+        if family.paints_masks:
+            options["image"] = Image.fromarray(request.image.numpy())
+            return drawn(pipeline, request, options)
         # AutoPipelineForImage2Image of diffusers 0.42.1 does not know all of them, for example Chroma's.
         name = type(pipeline).__name__.replace("Pipeline", "Img2ImgPipeline").replace("Kontext", "")
         if not hasattr(diffusers, name):
             return begin_with_image(pipeline, request)
         pipeline = getattr(diffusers, name).from_pipe(pipeline)
         pipeline.set_progress_bar_config(disable=True)
+    return drawn(pipeline, request, options)
+
+
+def drawn(pipeline: Any, request: Request, options: dict[str, Any]) -> torch.Tensor:
     picture = pipeline(
         prompt=request.prompt,  # by name: FLUX.2's pipelines take an image first
         generator=torch.Generator().manual_seed(request.seed),

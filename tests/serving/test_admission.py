@@ -1,5 +1,6 @@
 """Rows are admitted by their number and by their pixels, first come, first served."""
 
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,9 @@ def test_large_pictures_are_encoded_and_decoded_a_few_at_a_time() -> None:
     scheduler = a_scheduler(max_rows=8, chunk_rows=4)
     for side, chunks in ((1024, [4, 2]), (1328, [2, 2, 2]), (2048, [1] * 6)):
         rows = [a_row(side) for _ in range(6)]
+        image = torch.zeros(1, dtype=torch.uint8).expand(side, side, 3)
+        for row in rows:
+            row.request, row.unencoded = replace(row.request, image=image), ["image"]
         scheduler.encoding += rows
         assert [len(scheduler.next_to_encode()) for _ in chunks] == chunks and not scheduler.encoding
         scheduler.decoding += [Decoding(row, row.latents, 2, True) for row in rows]

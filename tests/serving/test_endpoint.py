@@ -475,7 +475,8 @@ def test_all_that_may_be_asked_for_is_listed_with_its_version(
     assert {"served", "served@1", "served:champion", "base"} <= set(listed)
     model = listed["served"]
     assert (model.object, model.owned_by) == ("model", "diffray")
-    assert model.model_extra == {"version": registered.version, "size": "64x64", "references": 0}
+    own = {"version": registered.version, "size": "64x64", "references": 0, "masks": False}
+    assert model.model_extra == own
     assert listed["base"].model_extra["version"] is None
     assert client.models.retrieve("served:champion").id == "served:champion"
     with pytest.raises(openai.NotFoundError, match="'other' is not served"):

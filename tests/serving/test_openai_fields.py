@@ -79,10 +79,9 @@ class Server:
 
         @self.api.post("/v1/images/edits")
         async def edit(request: Request) -> Any:
-            body, images = await _edit_of(request, edits)
-            return _json(
-                {"created": 1, "data": [], "user": body.user, "images": [*map(bytes.decode, images)]}
-            )
+            body, images, mask = await _edit_of(request, edits)
+            files = {"images": [*map(bytes.decode, images)], "mask": mask and mask.decode()}
+            return _json({"created": 1, "data": [], "user": body.user, **files})
 
 
 @pytest.fixture(scope="module")
@@ -136,8 +135,8 @@ def test_fields_of_an_edit_are_named_by_openais_client(client: openai.OpenAI) ->
         safety_identifier="someone",
     )
     assert (answer.user, answer.images) == ("someone", ["a picture"])
-    several: Any = client.images.edit(prompt="a", image=[b"one", b"two"])
-    assert several.images == ["one", "two"]
+    several: Any = client.images.edit(prompt="a", image=[b"one", b"two"], mask=b"a mask")
+    assert (several.images, several.mask, answer.mask) == (["one", "two"], "a mask", None)
     with pytest.raises(openai.BadRequestError, match="image: missing") as without:
         client.images.edit(prompt="a", image=b"")
     assert without.value.param == "image"
@@ -145,7 +144,6 @@ def test_fields_of_an_edit_are_named_by_openais_client(client: openai.OpenAI) ->
     assert (twice.status_code, twice.json()["error"]["param"]) == (400, "n")
     assert "given more than once" in twice.json()["error"]["message"]
     others: tuple[dict[str, Any], ...] = (
-        {"mask": b"\xff\x00"},
         {"markup": b"\xff"},
         {"input_fidelity": "high"},
     )

@@ -189,7 +189,8 @@ def test_shadows_go_on_where_the_last_process_stopped(
     async def store_one(number: int, *images: bytes) -> None:
         shadow = Shadow(Storage.open(str(tmp_path)), drawn, lambda: True, kept=2)
         running = asyncio.create_task(shadow.run())
-        answered = RoutedRequest(versions[0], Request("a", number, 4, 3.0), references=images)
+        mask = b"a mask" if images else None
+        answered = RoutedRequest(versions[0], Request("a", number, 4, 3.0), references=images, mask=mask)
         shadow.offer(Shadowed(f"img-{number}", answered, b"", answered._replace(version=versions[1])))
         while not shadow.stored:
             assert not shadow.passed_over
@@ -201,6 +202,7 @@ def test_shadows_go_on_where_the_last_process_stopped(
         if images:
             files = [tmp_path / "000" / f"reference-{place}" for place in range(2)]
             assert tuple(file.read_bytes() for file in files) == images
+            assert (tmp_path / "000" / "mask").read_bytes() == b"a mask"
     stored = [json.loads((tmp_path / place / "parameters.json").read_text()) for place in ("000", "001")]
     assert [each["seed"] for each in stored] == [2, 1], "the oldest was written over"
     assert stored[0] == {

@@ -18,8 +18,8 @@ DROPOUT = torch.nn.modules.dropout._DropoutNd
 
 
 def full(base: Path, folder: Path, **train: Any) -> Config:
-    settings = {"method": "full", "learning_rate": 1e-3, "caption_dropout": 0.0, "dropout": 0.3} | train
-    return configured(base, folder, **settings)
+    own: dict[str, Any] = {"method": "full", "learning_rate": 1e-3, "caption_dropout": 0.0, "dropout": 0.3}
+    return configured(base, folder, **own | train)
 
 
 def probabilities(denoiser: torch.nn.Module) -> set[float]:

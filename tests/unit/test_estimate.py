@@ -20,7 +20,7 @@ from ray_jobs.training.memory import state_bytes
 from ray_jobs.training.setup import build_engine, build_engines, build_model, build_pack
 from ray_jobs.training.zero import OVERLAPPED_AT_ONCE, gradient_buckets
 from ray_jobs.weights.model_files import latent_shapes
-from tests.tiny_models import FAMILY_MODELS
+from tests.tiny_models import FAMILY_MODELS, painted
 
 pytestmark = pytest.mark.slow  # every test builds a model
 
@@ -262,6 +262,7 @@ def saved_by_autograd(model: Any, base: Path, rows: int = 1) -> int:
         for name, (shape, dtype) in family.text.shapes(config).items()
     }
     conditions |= {name: torch.full((rows, 6), SIDE) for name in family.picture_conditions}
+    conditions |= painted(family, latents, rows)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         noisy, timesteps = torch.randn(rows, *latents), torch.full((rows,), 500.0)
         output = family.denoise(model.model, noisy, timesteps, conditions)

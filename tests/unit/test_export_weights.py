@@ -40,6 +40,8 @@ NAMES = {
     XL: ("lora_unet_middle_block_1_transformer_blocks_0_attn1_to_out_0", 1),
     SD3: ("lora_unet_joint_blocks_0_x_block_attn_qkv", 3),
     FLUX: ("lora_unet_single_blocks_0_linear1", 3),
+    "FluxFillPipeline": ("lora_unet_double_blocks_0_img_attn_proj", 1),
+    "FluxKontextPipeline": ("lora_unet_double_blocks_0_txt_attn_qkv", 3),
     "ChromaPipeline": ("lora_unet_double_blocks_0_txt_attn_proj", 1),
     "Lumina2Pipeline": ("lora_unet_layers_0_attention_qkv", 3),
     "QwenImagePipeline": ("lora_unet_transformer_blocks_0_attn_to_out_0", 1),

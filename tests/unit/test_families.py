@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ray_jobs.diffusion.families import FAMILIES, family_of
+from ray_jobs.diffusion.families import FAMILIES, Conditions, family_of
 from ray_jobs.diffusion.families.codec import per_channel
 from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
 from ray_jobs.diffusion.finetuning import FineTuning, add_lora
@@ -19,6 +19,7 @@ from ray_jobs.diffusion.objectives import Diffusion, Draws, FlowMatching, LossSe
 from ray_jobs.diffusion.recomputation import EveryNth
 from ray_jobs.diffusion.sampling import (
     decode_latents,
+    encode_masked,
     encode_prompts,
     initial_noise,
     sample_latents,
@@ -84,7 +85,7 @@ def encoded_by_diffusers(pipeline: Any) -> dict[str, torch.Tensor]:
         block = pipeline.blocks.sub_blocks["text_encoder"].init_pipeline()
         block.update_components(text_encoder=pipeline.text_encoder, tokenizer=pipeline.tokenizer)
         return _padded([block(prompt=prompt, output="prompt_embeds")[0] for prompt in PROMPTS], 640)
-    if kind in ("FluxPipeline", "FluxKontextPipeline"):
+    if kind in ("FluxPipeline", "FluxKontextPipeline", "FluxFillPipeline"):
         embeds, pooled, _ = pipeline.encode_prompt(PROMPTS)
     elif kind == "StableDiffusion3Pipeline":
         embeds, _, pooled, _ = pipeline.encode_prompt(PROMPTS, None, None, do_classifier_free_guidance=False)
@@ -106,10 +107,21 @@ def noise(pipeline: Any) -> torch.Tensor:
     return initial_noise(seeded([3, 4]), family_of(pipeline).codec.shape(pipeline.vae.config, HEIGHT, WIDTH))
 
 
+def given(pipeline: Any) -> Conditions:
+    """The conditions besides captions; of families that paint masks, all of each picture is painted."""
+    family = family_of(pipeline)
+    found = whole_pictures(family, 2, HEIGHT, WIDTH)
+    if family.paints_masks:
+        latents = noise(pipeline)
+        further = initial_noise(seeded(range(2)), tuple(latents.shape[1:]))
+        found |= encode_masked(pipeline, torch.zeros((2, 4, HEIGHT, WIDTH), dtype=torch.uint8), further)
+    return found
+
+
 def predict(pipeline: Any, **more: torch.Tensor) -> torch.Tensor:
     """One step's prediction for the prompts, with further conditions."""
     family = family_of(pipeline)
-    conditions = encode_prompts(pipeline, PROMPTS) | whole_pictures(family, 2, HEIGHT, WIDTH) | more
+    conditions = encode_prompts(pipeline, PROMPTS) | given(pipeline) | more
     return family.denoise(family.model(pipeline), noise(pipeline), torch.tensor([100, 900]), conditions)
 
 
@@ -138,7 +150,7 @@ def test_a_picture_is_that_of_the_plain_pipeline(folder: Path, guidance_scale: f
         family.model(pipeline),
         pipeline.scheduler,
         noise(pipeline),
-        encode_prompts(pipeline, PROMPTS) | whole_pictures(family, 2, HEIGHT, WIDTH),
+        encode_prompts(pipeline, PROMPTS) | given(pipeline),
         None if embedded else encode_prompts(pipeline, [""], negative=True),
         num_steps=4,
         guidance_scale=guidance_scale,
@@ -159,11 +171,11 @@ def test_a_picture_is_that_of_the_plain_pipeline(folder: Path, guidance_scale: f
     assert (decode_latents(pipeline, latents) - expected).abs().max() < 0.5 + 255e-4
 
 
-def _for_diffusers(theirs: Any, latents: torch.Tensor) -> torch.Tensor:
+def _for_diffusers(theirs: Any, latents: torch.Tensor, rows: int = 2) -> torch.Tensor:
     """The latents as the pipeline takes them: those of some as tokens."""
     if not hasattr(theirs, "_unpack_latents"):
         return latents
-    tokens: torch.Tensor = theirs._pack_latents(latents, 2, 4, *latents.shape[-2:])
+    tokens: torch.Tensor = theirs._pack_latents(latents, rows, 4, *latents.shape[-2:])
     return tokens
 
 
@@ -206,7 +218,7 @@ def test_the_loss_is_that_of_the_pipelines_own_pieces(tiny: Callable[[str], Path
     output, timestep, sample = (torch.stack(each) for each in zip(*steps[2::4], strict=True))
     output, timestep, sample = output.flatten(0, 1), timestep[0], sample.flatten(0, 1)
     sigma, drawn = timestep / 1000, noise(pipeline).flip(-1)
-    straight = _in_steps(theirs, drawn)
+    straight = in_steps(theirs, drawn)
     clean = (sample - sigma * straight) / (1 - sigma)
     expected = (output - (straight - clean)).square().flatten(1).mean(dim=1)
 
@@ -215,22 +227,22 @@ def test_the_loss_is_that_of_the_pipelines_own_pieces(tiny: Callable[[str], Path
     model = FineTuning(pipeline, family, objective, LossSettings(timestep_sampling="uniform"))
     position = sigma / (objective.shift - (objective.shift - 1) * sigma)
     draws = Draws(position.float().expand(2), drawn)
-    conditions = encode_prompts(pipeline, PROMPTS) | whole_pictures(family, 2, HEIGHT, WIDTH)
+    conditions = encode_prompts(pipeline, PROMPTS) | given(pipeline)
     with torch.no_grad():
-        loss = model(_of_steps(theirs, clean, drawn.shape), conditions, draws)
+        loss = model(of_steps(theirs, clean, drawn.shape), conditions, draws)
     assert torch.allclose(loss, expected, rtol=1e-4)
     assert not torch.allclose(loss[0], loss[1], rtol=1e-2)
 
 
-def _in_steps(theirs: Any, latents: torch.Tensor) -> torch.Tensor:
+def in_steps(theirs: Any, latents: torch.Tensor, rows: int = 2) -> torch.Tensor:
     """The latents as the pipeline's scheduler receives them."""
     if type(theirs).__name__.startswith(("Flux2", "Flux3")):
         return latents.flatten(2).transpose(1, 2)
-    return _for_diffusers(theirs, latents)
+    return _for_diffusers(theirs, latents, rows)
 
 
-def _of_steps(theirs: Any, latents: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Inverse of `_in_steps`."""
+def of_steps(theirs: Any, latents: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Inverse of `in_steps`."""
     if latents.shape == shape:
         return latents
     if latents.shape[1] == shape[-2] * shape[-1]:
@@ -249,7 +261,7 @@ def test_every_row_has_its_own_guidance(folder: Path) -> None:
             family.model(pipeline),
             pipeline.scheduler,
             noise(pipeline),
-            encode_prompts(pipeline, PROMPTS) | whole_pictures(family, 2, HEIGHT, WIDTH),
+            encode_prompts(pipeline, PROMPTS) | given(pipeline),
             encode_prompts(pipeline, [""], negative=True),
             num_steps=2,
             guidance_scale=guidance_scale,
@@ -270,7 +282,7 @@ def test_gradients_reach_the_denoiser_and_the_trainable_text_encoders(folder: Pa
         part.requires_grad_(True)
     texts = [family.text.as_prompt(prompt) for prompt in PROMPTS]
     captions = family.text.embed(family.text.present(pipeline), family.text.tokenize(pipeline, texts))
-    conditions = captions | whole_pictures(family, 2, HEIGHT, WIDTH)
+    conditions = captions | given(pipeline)
     predicted = family.denoise(family.model(pipeline), noise(pipeline), torch.tensor([100, 900]), conditions)
     assert predicted.shape == noise(pipeline).shape
     predicted.square().mean().backward()

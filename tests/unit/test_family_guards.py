@@ -33,7 +33,7 @@ from tests.tiny_models import MODELS
 @pytest.mark.parametrize(
     ("other", "nearest"),
     [
-        ("FluxFillPipeline", "FluxPipeline"),
+        ("FluxControlPipeline", "FluxPipeline"),
         ("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
         ("StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLPipeline"),
         ("StableDiffusionUpscalePipeline", "StableDiffusionPipeline"),

@@ -15,7 +15,7 @@ from ray_jobs.diffusion.objectives import LossSettings
 from ray_jobs.diffusion.randomness import draw
 from ray_jobs.weights.loading import LORA_WEIGHTS, load_pipeline
 from ray_jobs.weights.saving import save_lora, save_pipeline
-from tests.tiny_models import FAMILY_MODELS
+from tests.tiny_models import FAMILY_MODELS, painted
 
 
 @pytest.fixture(params=FAMILY_MODELS)
@@ -55,6 +55,7 @@ def inputs(pipeline: Any, model: FineTuning) -> dict[str, Any]:
         "conditions": tokens if model.text_encoders else embeds,
         "draws": drawn.loss,
     }
+    batch["conditions"] |= painted(family, shape, 4)
     if "sizes" in family.picture_conditions:
         batch["conditions"]["sizes"] = torch.tensor([[80, 72, 0, 4, 64, 64]] * 4)
     return batch

@@ -31,7 +31,7 @@ from ray_jobs.training.setup import (
 from ray_jobs.training.state import snapshot, whole
 from ray_jobs.training.steps import seed_dropout
 from ray_jobs.weights.encoders import Encoders
-from tests.tiny_models import FAMILY_MODELS
+from tests.tiny_models import FAMILY_MODELS, half_painted
 
 CPU = torch.device("cpu")
 CAPTIONS = ["a small red circle", "a blue cross", "", "a green square"]
@@ -40,7 +40,10 @@ STEPS = 3
 Settings = Mapping[str, Any]
 
 
-def configured(base: Path, folder: Path, **train: Any) -> Config:
+EDITS = {"sources": [{"path": "unused", "reference_columns": ["before"], "mask_column": "mask"}]}
+
+
+def configured(base: Path, folder: Path, data: Settings | None = None, **train: Any) -> Config:
     settings = {
         "method": "lora",
         "batch_size": 4,
@@ -55,7 +58,7 @@ def configured(base: Path, folder: Path, **train: Any) -> Config:
         {
             "name": "pack",
             "storage": str(folder),
-            "data": {"source": "unused", "resolution": 64},
+            "data": {**(data or {"source": "unused"}), "resolution": 64},
             "model": {"base": str(base)},
             "train": settings,
             "search": {"learning_rates": [1e-3], "ladder": [STEPS]},
@@ -77,12 +80,22 @@ class Rows:
             "latents_mean": mean,
             "latents_logvar": logvar,
             "conditioning": sizes,
+            **encoders.encode_masked(half_painted(pixels)),
+            "reference_0": mean.flip(0),
+            "mask": torch.rand((4, 1, *mean.shape[2:]), generator=generator),
             **encoders.encode_captions(CAPTIONS),
         }
 
     def maker(self, config: Config, pipeline: Any, model: Any) -> InputMaker:
         return InputMaker(
-            pipeline.vae, model, self.empty, CPU, seed=0, caption_dropout=config.train.caption_dropout
+            pipeline.vae,
+            model,
+            self.empty,
+            CPU,
+            seed=0,
+            caption_dropout=config.train.caption_dropout,
+            num_references=config.data.num_references,
+            has_masks=config.data.has_masks,
         )
 
     def pieces(self, config: Config, maker: InputMaker) -> list[Piece]:
@@ -178,11 +191,13 @@ def together(
     ]
 
 
-def assert_alike(base: Path, folder: Path, common: Settings, members: Sequence[Settings]) -> None:
+def assert_alike(
+    base: Path, folder: Path, common: Settings, members: Sequence[Settings], data: Settings | None = None
+) -> None:
     """Members of a pack, of which the first one leaves it early, end as they do alone."""
     folder.mkdir()
     rows = Rows(base)
-    configs = [configured(base, folder, **{**common, **own}) for own in members]
+    configs = [configured(base, folder, data, **{**common, **own}) for own in members]
     ends = [STEPS - 1, *[STEPS] * (len(configs) - 1)]
     packed = together(configs, rows, folder, ends)
     for number, (config, (losses, found)) in enumerate(zip(configs, packed, strict=True)):
@@ -270,6 +285,20 @@ def test_members_of_a_pack_end_as_they_do_alone(
         {"learning_rate": 5e-3, "lora": targets | {"rank": 8, "use_rslora": True}, "max_grad_norm": 0.1},
     ]
     assert_alike(base, tmp_path / "runs", {}, members)
+
+
+def test_members_see_references_and_masks_as_they_do_alone(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base, members = (
+        tiny("FluxKontextPipeline"),
+        [{"loss": {"outside_mask": share}} for share in (0.0, 0.1, 0.5)],
+    )
+    assert_alike(base, tmp_path / "runs", {}, members, EDITS)
+    rows, plain = Rows(base), configured(base, tmp_path / "plain")
+    config = configured(base, tmp_path / "edits", EDITS)
+    losses = [alone(each, rows, tmp_path / each.storage)[0] for each in (plain, config)]
+    assert losses[0][0] != losses[1][0]
 
 
 CASES: dict[str, tuple[Settings, list[Settings]]] = {

@@ -28,7 +28,7 @@ from serving.engine.adapters import read_adapter
 from serving.engine.engine import Engine as ServingEngine
 from serving.engine.optimizations import prepare
 from serving.request import Request
-from tests.tiny_models import FAMILY_MODELS
+from tests.tiny_models import FAMILY_MODELS, half_painted
 from tests.unit.test_affects import DATA
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
@@ -147,6 +147,7 @@ class Training:
         self.maker = InputMaker(self.pipeline.vae, self.model, empty, CPU, seed=0, caption_dropout=0.1)
         sizes = torch.tensor([[64, 64, 0, 0, 64, 64]] * 4, dtype=torch.int32)
         rows = {"latents_mean": mean, "latents_logvar": logvar, "conditioning": sizes, **captions}
+        rows |= encoders.encode_masked(half_painted(pixels))
         self.rows = {name: rows[name] for name in self.maker.columns}
         self.export = exporter(config, self.pipeline, self.model, 0)
         [self.stage] = stages_of(train, 1000)

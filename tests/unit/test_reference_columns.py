@@ -20,6 +20,7 @@ from ray_jobs.data.feeding.streaming import DecodeBatch, EncodeBatch, unpack
 from ray_jobs.data.references import check_references, suited_to_references
 from ray_jobs.data.sources.samples import Source
 from ray_jobs.planning.checks import check_stages
+from ray_jobs.training.batch import PAINTED
 from tests.tiny_models import write as write_model
 from tests.unit.test_sources import (
     dreambooth,
@@ -209,15 +210,19 @@ def test_a_mask_is_cut_and_turned_as_its_picture_and_keeps_its_colours() -> None
         assert np.corrcoef(bright.ravel(), mask.ravel().astype(int))[0, 1] > 0.95
 
 
+@pytest.mark.parametrize("name", ["FluxKontextPipeline", "FluxFillPipeline"])
 def test_rows_that_are_streamed_have_the_references_and_masks_of_those_that_are_stored(
-    tmp_path: Path,
+    tmp_path: Path, name: str
 ) -> None:
-    base = write_model("FluxKontextPipeline", tmp_path / "base")
-    sources = [{"path": "x", "reference_columns": ["before"], "mask_column": "mask"}]
-    config = edits(base, sources=sources, encode_dtype="fp32", reference_resolution=32)
+    base = write_model(name, tmp_path / "base")
+    paints = name == "FluxFillPipeline"
+    sources = [{"path": "x", "reference_columns": [] if paints else ["before"], "mask_column": "mask"}]
+    size = None if paints else 32
+    config = edits(base, sources=sources, encode_dtype="fp32", reference_resolution=size)
     files = [_png(number) for number in range(6)]
     rows = [0, 2, 4]  # each followed by its reference, and with a mask
-    own, further = [files[n] for n in rows], [[files[n + 1], _png(n, "L")] for n in rows]
+    looked_at = [[] if paints else [files[n + 1]] for n in rows]
+    own, further = [files[n] for n in rows], [[*looked_at[n // 2], _png(n, "L")] for n in rows]
     digests = [[content_digest(file) for file in each] for each in further]
     part = PlannedPart(
         "train",
@@ -232,7 +237,7 @@ def test_rows_that_are_streamed_have_the_references_and_masks_of_those_that_are_
         [content_digest(file) for file in own],
         [bytes([n] * 16) for n in range(3)],
         "a.parquet",
-        reference_size=(32, 32),
+        reference_size=(size, size) if size else None,
         has_masks=True,
         further=[tuple(each) for each in digests],
     )
@@ -248,11 +253,23 @@ def test_rows_that_are_streamed_have_the_references_and_masks_of_those_that_are_
     encoder = EncodePart(Storage.open(str(tmp_path / "cache")), config, {})
     pixels = np.frombuffer(decoded["pixels"], np.uint8).reshape(3, 64, 64, 3)
     table = encoder._table(part, decoded, pixels, [0, 1, 2])
-    names = ["latents_mean", "reference_0", "mask"]
+    names = ["latents_mean", "mask", *(PAINTED if paints else ("reference_0",))]
     stored = read_tensors(table, names)
-    assert stored["reference_0"].shape == (3, 4, 4, 4) and stored["mask"].shape == (3, 1, 8, 8)
+    assert stored["mask"].shape == (3, 1, 8, 8)
     assert 0 < stored["mask"].min() < stored["mask"].max() <= 1
-    assert [bool(each) for each in table[reference_image(0)].to_pylist()] == [True] * 3
+    shown = [Image.open(io.BytesIO(each)) for each in table[reference_image(0)].to_pylist()]
+    kind = ((64, 64), "RGBA") if paints else ((32, 32), "RGB")
+    assert [(each.size, each.mode) for each in shown] == [kind] * 3
+    if paints:
+        painted = stored["mask_pixels"]
+        assert painted.shape == (3, 1, 64, 64) and painted.dtype == bool and 0.1 < painted.mean() < 0.9
+        colours = np.stack([np.array(each) for each in shown])
+        assert ((colours[..., 3] == 0) == painted[:, 0]).all() and (
+            colours[painted[:, 0]][:, :3] == 128
+        ).all()
+        assert (colours[~painted[:, 0]][:, :3] == pixels[~painted[:, 0]]).all()
+    else:
+        assert stored["reference_0"].shape == (3, 4, 4, 4)
     row = {
         "rank": 0,
         "step": 1,
@@ -264,7 +281,7 @@ def test_rows_that_are_streamed_have_the_references_and_masks_of_those_that_are_
         "digest": part.digests,
         "further": further,
         "further_digests": digests,
-        "reference_size": (32, 32),
+        "reference_size": part.reference_size,
     }
     batch = DecodeBatch(config)(row)
     [(_, _, streamed)] = unpack(
@@ -272,7 +289,7 @@ def test_rows_that_are_streamed_have_the_references_and_masks_of_those_that_are_
     )
     for name in names:
         assert np.allclose(streamed[name], stored[name], atol=1e-5), name
-    changed = [[other, mask] for (_, mask), other in zip(further, reversed(files), strict=False)]
+    changed = [[*others, files[0]] for *others, _ in further]
     with pytest.raises(ChangedFile, match="a reference or mask changed"):
         Decode(config)(gathered | {"further": changed})
 
@@ -300,6 +317,10 @@ def test_settings_suit_references_unless_given(tmp_path: Path) -> None:
     assert (suited.search.rank_by, suited.data.cleaning.duplicates) == ("target", "keep")
     given = suited_to_references(edits(tmp_path, cleaning={"duplicates": "drop"}))
     assert given.data.cleaning.duplicates == "drop"
+    painter = write_model("FluxFillPipeline", tmp_path / "painter")
+    suited = suited_to_references(edits(painter, sources=[{"path": "x", "mask_column": "mask"}]))
+    assert (suited.search.rank_by, suited.data.cleaning.duplicates) == ("target", "keep")
+    assert suited.evaluate.guidance_scale == 30
     plain = {
         "name": "x",
         "data": {"source": "x"},
@@ -322,6 +343,13 @@ def test_a_model_that_takes_fewer_references_is_told_before_anything_is_reserved
         write_model("SanaPipeline", tmp_path / "b"),
     )
     check_references(edits(editor))
+    painter = write_model("FluxFillPipeline", tmp_path / "c")
+    check_references(edits(painter, sources=[{"path": "x", "mask_column": "mask"}]))
+    with pytest.raises(ConfigError, match="mask_column is missing: .*FluxFillPipeline.* paints into a mask"):
+        check_references(edits(painter, sources=[{"path": "x"}]))
+    with pytest.raises(ConfigError, match="1 reference images a row, but .*FluxFillPipeline.* takes none"):
+        both = {"path": "x", "reference_columns": ["a"], "mask_column": "m"}
+        check_references(edits(painter, sources=[both]))
     with pytest.raises(ConfigError, match="2 reference images a row, but .*FluxKontextPipeline.* at most 1"):
         check_references(edits(editor, sources=[{"path": "x", "reference_columns": ["a", "b"]}]))
     with pytest.raises(ConfigError, match="SanaPipeline.* takes none"):

@@ -1,30 +1,37 @@
-"""Reference pictures: each family that takes them draws with them as its pipeline in diffusers does."""
+"""Reference pictures and masks: families that take them draw with them as their pipelines in diffusers do."""
 
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
+from ray_jobs.data.encoding.encoding import with_masks
 from ray_jobs.diffusion.families import FAMILIES, family_of
 from ray_jobs.diffusion.families.family import reference
+from ray_jobs.diffusion.finetuning import FineTuning
+from ray_jobs.diffusion.objectives import Draws, FlowMatching, LossSettings
 from ray_jobs.diffusion.sampling import (
     decode_latents,
     encode_prompts,
     encode_references,
     initial_noise,
     sample_latents,
+    sample_pictures,
     seeded,
     whole_pictures,
 )
 from ray_jobs.weights.loading import load_pipeline
 from tests.serving import plain_diffusers
 from tests.tiny_models import BY_NAME, MODELS
+from tests.unit.test_families import in_steps, of_steps
 
 EDITORS = [name for name in MODELS if BY_NAME[name][0].max_references]
+PAINTERS = [name for name in MODELS if BY_NAME[name][0].paints_masks]
 PROMPT, HEIGHT, WIDTH = "a small red circle", 64, 96
 
 
@@ -66,7 +73,9 @@ def test_families_that_edit_are_these() -> None:
 @pytest.mark.parametrize("count", [1, 2])
 def test_an_edit_is_that_of_the_plain_pipeline(tiny: Callable[[str], Path], name: str, count: int) -> None:
     folder = tiny(name)
-    pipeline, theirs = load_pipeline(str(folder)), plain_diffusers.load(folder)
+    pipeline, theirs = (
+        plain_diffusers.attentive(each) for each in (load_pipeline(str(folder)), plain_diffusers.load(folder))
+    )
     family = family_of(pipeline)
     if count > family.max_references:
         pytest.skip(f"{name} takes {family.max_references}")
@@ -87,3 +96,93 @@ def test_an_edit_is_that_of_the_plain_pipeline(tiny: Callable[[str], Path], name
     assert (ours - drawn(pipeline, [])).abs().max() > 1e-3  # the references matter
     if count == 2:
         assert (ours - drawn(pipeline, references[::-1])).abs().max() > 1e-3  # and their order
+
+
+@pytest.mark.parametrize("name", EDITORS)
+def test_the_loss_with_a_reference_is_that_of_the_pipelines_own_pieces(
+    tiny: Callable[[str], Path], name: str
+) -> None:
+    """Of a step of the pipeline's own edit: what its scheduler receives is the target's."""
+    pipeline, theirs = (
+        plain_diffusers.attentive(each)
+        for each in (load_pipeline(str(tiny(name))), plain_diffusers.load(tiny(name)))
+    )
+    family, steps, step = family_of(pipeline), list[tuple[Any, ...]](), theirs.scheduler.step
+
+    def recorded(output: Any, timestep: Any, sample: Any, **options: Any) -> Any:
+        steps.append((output, timestep, sample))
+        return step(output, timestep, sample, **options)
+
+    theirs.scheduler.step = recorded
+    plain_diffusers.keep_size(theirs, HEIGHT, WIDTH)
+    options: dict[str, Any] = {"num_inference_steps": 4, "height": HEIGHT, "width": WIDTH}
+    options |= family.guidance_arguments(getattr(pipeline, family.denoiser).config, 1.0)
+    options |= {"image": pillow(picture(1)), "generator": torch.Generator().manual_seed(3)}
+    theirs(prompt=PROMPT, output_type="latent", **plain_diffusers.known(theirs, options))
+    output, timestep, sample = steps[2]
+    sigma = timestep.reshape(1).float() / 1000
+
+    shape = (1, *family.codec.shape(pipeline.vae.config, HEIGHT, WIDTH))
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(3))  # the pipeline's own
+    straight = in_steps(theirs, drawn, rows=1)
+    clean = (sample - sigma * straight) / (1 - sigma)
+    expected = (output - (straight - clean)).square().flatten(1).mean(dim=1)
+
+    objective = family.schedule.objective(pipeline.scheduler.config)
+    assert isinstance(objective, FlowMatching)
+    model = FineTuning(pipeline, family, objective, LossSettings(timestep_sampling="uniform"))
+    draws = Draws(sigma / (objective.shift - (objective.shift - 1) * sigma), drawn)
+    captions = encode_prompts(pipeline, [PROMPT]) | whole_pictures(family, 1, HEIGHT, WIDTH)
+    latents = of_steps(theirs, clean, drawn.shape)
+    with torch.no_grad():
+        looked_at = {reference(0): encode_references(pipeline, picture(1)[None])}
+        loss = model(latents, captions | looked_at, draws)
+        without = model(latents, captions, draws)
+    assert torch.allclose(loss, expected, rtol=1e-4)
+    assert not torch.allclose(loss, without, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", PAINTERS)
+def test_what_is_painted_into_a_mask_is_that_of_the_plain_pipeline(
+    tiny: Callable[[str], Path], name: str
+) -> None:
+    """Also the masked pictures' sample of the posterior, by the seed."""
+    folder = tiny(name)
+    pipeline, theirs = load_pipeline(str(folder)), plain_diffusers.load(folder)
+    masks = [Image.new("L", (WIDTH, HEIGHT)) for _ in range(3)]
+    ImageDraw.Draw(masks[0]).ellipse((10, 5, 60, 50), fill=255)
+    ImageDraw.Draw(masks[1]).rectangle((3, 3, 40, 60), fill=255)  # within patches too
+    masked = []
+    for seed, mask in enumerate(masks):
+        pixels = with_masks(picture(seed).permute(1, 2, 0).numpy()[None], np.array(mask)[None])
+        masked.append(torch.from_numpy(pixels)[0].permute(2, 0, 1))
+
+    def drawn(of_each: list[torch.Tensor] | None) -> torch.Tensor:
+        batches = sample_pictures(
+            pipeline,
+            [PROMPT] * 3,
+            range(3),
+            shapes=[(HEIGHT, WIDTH)] * 3,
+            num_steps=3,
+            guidance_scale=30.0,
+            batch_size=2,
+            references=None if of_each is None else lambda number: [of_each[number]],
+        )
+        return torch.cat(list(batches)).float()
+
+    ours = drawn(masked)
+    for number, mask in enumerate(masks):
+        expected = theirs(
+            prompt=PROMPT,
+            image=pillow(picture(number)),
+            mask_image=mask,
+            height=HEIGHT,
+            width=WIDTH,
+            num_inference_steps=3,
+            guidance_scale=30.0,
+            generator=torch.Generator().manual_seed(number),
+            output_type="pt",
+        ).images[0]
+        assert (ours[number] - 255 * expected).abs().max() < 0.5 + 255e-4
+    assert (ours - drawn(None)).abs().max() > 1, "the picture and its mask matter"
+    assert (ours - drawn([masked[0], masked[0], masked[2]]))[1].abs().max() > 1

@@ -24,6 +24,7 @@ from ray_jobs.training.batch import InputMaker
 from ray_jobs.training.setup import build_model
 from ray_jobs.training.validation import PLAIN, ValidationLoss
 from ray_jobs.weights.loading import load_lora, load_pipeline
+from ray_jobs.weights.model_files import family_in
 from ray_jobs.weights.saving import save_lora
 from tests.conftest import captions
 from tests.conftest import draw as draw_picture
@@ -56,9 +57,12 @@ def prepared(config: Config, folder: Path, split: str = "validation") -> Dataset
         places, none = np.arange(ROWS_A_PART), np.zeros(ROWS_A_PART, bool)
         digests = [content_digest(texts[n].encode()) for n in chosen]
         keys = [bytes.fromhex(digest)[:16] for digest in digests]
+        masked = family_in(config.model.base).paints_masks
         part = PlannedPart(
-            split, 0, 0, 0, bucket, places, places, places, none, digests, keys, f"{number}.parquet"
+            *(split, 0, 0, 0, bucket, places, places, places, none, digests, keys, f"{number}.parquet"),
+            has_masks=masked,
         )
+        masks = np.tile(np.arange(bucket[0], dtype=np.uint8) * 2, (ROWS_A_PART, bucket[1], 1))
         encode(
             {
                 "part": part,
@@ -66,6 +70,8 @@ def prepared(config: Config, folder: Path, split: str = "validation") -> Dataset
                 "pixels": np.stack([each.pixels for each in fitted]).tobytes(),
                 "image": [b""] * ROWS_A_PART,
                 "conditioning": [each.sizes for each in fitted],
+                "references": b"",
+                "masks": masks.tobytes() if masked else b"",
             }
         )
         records.append(part.record())

@@ -213,7 +213,8 @@ class EncodeRows:
             text_quantization=model.quantize_text,
         )
         self.batch_size = data.encode_batch_size
-        self.pictures, self.captions, self.looked_at = Chunks(), Chunks(), Chunks()
+        self.pictures, self.captions = Chunks(), Chunks()
+        self.looked_at, self.painted = Chunks(), Chunks()
         self.dtype = PRECISIONS[data.encode_dtype]
 
     def encode(
@@ -228,7 +229,7 @@ class EncodeRows:
         Args:
             references: uint8, N x R x h x w x 3; the means of their posteriors are `reference_0`, ...
             masks: uint8, N x H x W; `mask` has the share of each of the denoiser's latents that is white,
-                N x 1 x ..., 0 to 1.
+                N x 1 x ..., 0 to 1. A model that paints masks gets what `Encoders.encode_masked` returns.
         """
         import torch
 
@@ -245,8 +246,8 @@ class EncodeRows:
         tensors["latents_logvar"] = torch.cat([logvar for _, logvar in posteriors])
         for number in range(references.shape[1] if references is not None else 0):
             assert references is not None
-            limit = min(self.batch_size, pictures_at_once(*references.shape[2:4]))
-            means = self.looked_at.run(references[:, number], self.encoders.encode_pictures, limit)
+            of_each = min(self.batch_size, pictures_at_once(*references.shape[2:4]))
+            means = self.looked_at.run(references[:, number], self.encoders.encode_pictures, of_each)
             tensors[reference(number)] = torch.cat([mean for mean, _ in means])
         if masks is not None:
             *_, height, width = self.encoders.family.codec.packed_shape(
@@ -254,6 +255,9 @@ class EncodeRows:
             )
             white = torch.from_numpy(masks)[:, None].float() / 255
             tensors["mask"] = torch.nn.functional.adaptive_avg_pool2d(white, (height, width))
+            if self.encoders.family.paints_masks:
+                painted = self.painted.run(with_masks(pixels, masks), self.encoders.encode_masked, limit)
+                tensors |= {name: torch.cat([part[name] for part in painted]) for name in painted[0]}
         # Pixels are channels-last, which convolutions preserve; tensors are stored contiguous.
         return {
             name: (tensor.to(self.dtype) if tensor.is_floating_point() else tensor).contiguous()
@@ -321,6 +325,12 @@ class EncodePart(EncodeRows):
         masks = None
         if part.has_masks:
             masks = np.frombuffer(row["masks"], np.uint8).reshape(pixels.shape[:3])[chosen]
+            if self.encoders.family.paints_masks:
+                shown = [
+                    encode_png(each) if part.scored[n] else b""
+                    for n, each in zip(chosen, with_masks(pixels[chosen], masks), strict=True)
+                ]
+                columns.append((pa.field(reference_image(0), pa.binary()), pa.array(shown, pa.binary())))
         tensors, text = self.encode(pixels[chosen], texts, references, masks), self.encoders.family.text
         for name, tensor in tensors.items():
             lengths = tensors[MASK].sum(dim=1).tolist() if name in text.ragged else None
@@ -339,8 +349,23 @@ class EncodePart(EncodeRows):
 
 
 def reference_image(number: int) -> str:
-    """Return the column with PNGs of the scored rows' reference pictures, counted from 0."""
+    """Return the column with PNGs of the scored rows' reference pictures, counted from 0.
+
+    Of a model that paints masks it is one, the picture that is transparent where it is to be painted.
+    """
     return f"reference_image_{number}"
+
+
+def with_masks(pixels: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """Return pictures that are transparent, and grey, where they are to be painted: uint8, N x H x W x 4.
+
+    Args:
+        pixels: uint8, N x H x W x 3.
+        masks: uint8, N x H x W; half white and more is to be painted, as in diffusers' pipelines.
+    """
+    painted = (masks > 127)[..., None]
+    alpha = np.where(painted, 0, 255).astype(np.uint8)
+    return np.concatenate([np.where(painted, np.uint8(128), pixels), alpha], axis=3)
 
 
 def references_of_part(part: PlannedPart, content: bytes) -> np.ndarray | None:

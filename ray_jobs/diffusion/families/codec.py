@@ -63,9 +63,13 @@ class Codec:
     def in_tiles(self, autoencoder: Autoencoder, height: int, width: int) -> Autoencoder:
         """Return the autoencoder; for images of more than `WHOLE` pixels, one that works tile by tile.
 
-        Each tile is normalised by itself and attends to itself only, so that the result differs slightly. The
-        autoencoder in tiles is a copy with the same layers: diffusers' switch is an attribute of the module,
-        which other threads use for images of other sizes, and it goes by the longer side, not by the area.
+        Each tile is normalised by itself and attends to itself only, so that the result differs slightly:
+        with `models/emoji-base`, at a quarter of these sizes, by 1.8 of 255 levels on average, no further
+        from the original than whole (5.9 instead of 6.3; tests/unit/test_tiles.py).
+
+        The autoencoder in tiles is a copy with the same layers: diffusers' switch is an attribute of the
+        module, which other threads use for images of other sizes, and it goes by the longer side, not by the
+        area.
         """
         if not is_tiled(height, width):
             return autoencoder

@@ -20,8 +20,13 @@ Conditions = dict[str, torch.Tensor]
 
 These are the columns of `Text.embeds`, the family's `picture_conditions`, and `guidance` (float32, N) for
 denoisers that take the guidance scale as an input. Reference pictures are `reference_0`, `reference_1`, ...:
-their latents, N x C x ..., clean, as `Codec.normalised` returns them; see `references_of`.
+their latents, N x C x ..., clean, as `Codec.normalised` returns them; see `references_of`. Of families that
+paint masks there are `MASKED` and `MASK_PIXELS`.
 """
+MASKED = "masked"
+"""Latents of the pictures without what is to be painted, N x C x ..., as from `Codec.sample`."""
+MASK_PIXELS = "mask_pixels"
+"""What is to be painted: bool, N x 1 x height x width."""
 Components = Mapping[str, Component]  # modules of a pipeline, by their names there
 
 UNET_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -60,12 +65,16 @@ class Family(ABC):
     left of the crop, target height and width (arXiv 2307.01952, section 2.2)."""
     max_references: int = 0
     """The most pictures that the denoiser looks at beside the one it draws; 0: it takes none."""
+    paints_masks: bool = False
+    """Whether the denoiser paints into a mask, and so takes `MASKED` and `MASK_PIXELS`."""
     is_unet: bool = False
     """Whether the denoiser is a convolutional UNet in diffusers' form."""
     has_lora_loader: bool = True
     """Whether diffusers' pipeline reads and writes LoRA files, and its denoiser takes adapters."""
     adds_guidance: bool = False
     """Whether diffusers' pipeline adds guidance to the conditional prediction: its scale is less by 1."""
+    usual_guidance: float | None = None
+    """Guidance scale of diffusers' pipeline, of families that paint masks; None: the configuration's."""
     own_area: bool = False
     """Whether diffusers' pipeline scales every size to the area of its native one, `default_sample_size`."""
     native: tuple[int, int] | None = None

@@ -125,6 +125,7 @@ class Flux(FluxFamily):
     trainable = {"transformer": MMDIT_ATTENTION, "text_encoder": CLIP_ATTENTION}
     text = FluxText()
     variants: tuple[str, ...] = ("", "schnell")
+    further_channels = 0  # of the small model's input, beside latents
 
     def denoise(
         self, model: Components, latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
@@ -162,7 +163,8 @@ class Flux(FluxFamily):
         tokenizer, embedded = tiny.clip_tokenizer(captions), variant != "schnell"
         return getattr(diffusers, self.pipeline_class)(
             transformer=FluxTransformer2DModel(
-                in_channels=4 * 4,
+                in_channels=4 * (4 + self.further_channels),
+                out_channels=4 * 4,
                 num_layers=1,
                 num_single_layers=1,
                 attention_head_dim=16,
