@@ -59,15 +59,6 @@ def looking(*pictures: tuple[int, int, int]) -> dict[str, Any]:
     return {"references": tuple(picture(*each) for each in pictures)}
 
 
-def attentive(pipeline: Any) -> Any:
-    """A pipeline with larger weights: random ones are so small that no picture looked at would be seen."""
-    with torch.no_grad():
-        pipeline.vae.encoder.conv_out.weight *= 10
-        for weight in pipeline.transformer.parameters():
-            weight *= 2 if weight.ndim == 2 else 1
-    return pipeline
-
-
 # By when they join: plain rows, and rows with references of one size, of another, and of several.
 MIXED = [
     (0, Request("a small red circle", 0, 5, 3.0, None, *SQUARE, **looking((1, *SQUARE)))),
@@ -87,7 +78,7 @@ def test_every_edit_in_a_changing_batch_is_that_of_the_plain_pipeline(
 ) -> None:
     folder, (family, _) = tiny(model), BY_NAME[model]
     adapter = write_adapter(folder, tmp_path / "changed", 0, **VARIANTS["attention"])
-    pipeline = attentive(load_pipeline(str(folder)))
+    pipeline = plain_diffusers.attentive(load_pipeline(str(folder)))
     engine = Engine(pipeline, max_rows=6, num_cores=2, adapter_folder=lambda _: adapter)
     requests = [each for each in MIXED if len(each[1].references) <= family.max_references]
     if engine.guidance_embedded:
@@ -98,7 +89,7 @@ def test_every_edit_in_a_changing_batch_is_that_of_the_plain_pipeline(
         engine.step()
     engine.drain()
     pictures = [future.result(0).pixels for future in futures] + drawn(engine, requests[0][1])
-    plain = {name: attentive(plain_diffusers.load(folder)) for name in (None, "changed")}
+    plain = {name: plain_diffusers.attentive(plain_diffusers.load(folder)) for name in (None, "changed")}
     load_lora(plain["changed"], adapter)
     for (_, request), drawing in zip([*requests, requests[0]], pictures, strict=True):
         expected = plain_diffusers.draw(plain[request.adapter], request)
@@ -144,7 +135,7 @@ def test_edits_are_compiled_before_they_are_asked_for(tiny: Callable[[str], Path
 
 
 def test_an_initial_image_and_references_go_together(tiny: Callable[[str], Path]) -> None:
-    engine = Engine(attentive(load_pipeline(str(tiny("FluxKontextPipeline")))))
+    engine = Engine(plain_diffusers.attentive(load_pipeline(str(tiny("FluxKontextPipeline")))))
     begun = Request("a", 0, 10, 1.0, None, *SQUARE, image=picture(5, *SQUARE), strength=0.2)
     both = replace(begun, **looking((1, *WIDE)))
     plain, weak, strong = (each.float() for each in drawn(engine, begun, both, replace(both, strength=1.0)))
@@ -218,7 +209,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FeedbackStore]:
 @pytest.fixture(scope="module")
 def attentive_model(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("attentive")
-    attentive(plain_diffusers.load(tiny("Flux2KleinPipeline"))).save_pretrained(folder)
+    plain_diffusers.attentive(plain_diffusers.load(tiny("Flux2KleinPipeline"))).save_pretrained(folder)
     return folder
 
 

@@ -171,11 +171,11 @@ def test_a_picture_is_that_of_the_plain_pipeline(folder: Path, guidance_scale: f
     assert (decode_latents(pipeline, latents) - expected).abs().max() < 0.5 + 255e-4
 
 
-def _for_diffusers(theirs: Any, latents: torch.Tensor) -> torch.Tensor:
+def _for_diffusers(theirs: Any, latents: torch.Tensor, rows: int = 2) -> torch.Tensor:
     """The latents as the pipeline takes them: those of some as tokens."""
     if not hasattr(theirs, "_unpack_latents"):
         return latents
-    tokens: torch.Tensor = theirs._pack_latents(latents, 2, 4, *latents.shape[-2:])
+    tokens: torch.Tensor = theirs._pack_latents(latents, rows, 4, *latents.shape[-2:])
     return tokens
 
 
@@ -218,7 +218,7 @@ def test_the_loss_is_that_of_the_pipelines_own_pieces(tiny: Callable[[str], Path
     output, timestep, sample = (torch.stack(each) for each in zip(*steps[2::4], strict=True))
     output, timestep, sample = output.flatten(0, 1), timestep[0], sample.flatten(0, 1)
     sigma, drawn = timestep / 1000, noise(pipeline).flip(-1)
-    straight = _in_steps(theirs, drawn)
+    straight = in_steps(theirs, drawn)
     clean = (sample - sigma * straight) / (1 - sigma)
     expected = (output - (straight - clean)).square().flatten(1).mean(dim=1)
 
@@ -229,20 +229,20 @@ def test_the_loss_is_that_of_the_pipelines_own_pieces(tiny: Callable[[str], Path
     draws = Draws(position.float().expand(2), drawn)
     conditions = encode_prompts(pipeline, PROMPTS) | given(pipeline)
     with torch.no_grad():
-        loss = model(_of_steps(theirs, clean, drawn.shape), conditions, draws)
+        loss = model(of_steps(theirs, clean, drawn.shape), conditions, draws)
     assert torch.allclose(loss, expected, rtol=1e-4)
     assert not torch.allclose(loss[0], loss[1], rtol=1e-2)
 
 
-def _in_steps(theirs: Any, latents: torch.Tensor) -> torch.Tensor:
+def in_steps(theirs: Any, latents: torch.Tensor, rows: int = 2) -> torch.Tensor:
     """The latents as the pipeline's scheduler receives them."""
     if type(theirs).__name__.startswith(("Flux2", "Flux3")):
         return latents.flatten(2).transpose(1, 2)
-    return _for_diffusers(theirs, latents)
+    return _for_diffusers(theirs, latents, rows)
 
 
-def _of_steps(theirs: Any, latents: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Inverse of `_in_steps`."""
+def of_steps(theirs: Any, latents: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Inverse of `in_steps`."""
     if latents.shape == shape:
         return latents
     if latents.shape[1] == shape[-2] * shape[-1]:

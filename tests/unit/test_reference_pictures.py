@@ -13,6 +13,8 @@ from PIL import Image, ImageDraw
 from ray_jobs.data.encoding.encoding import with_masks
 from ray_jobs.diffusion.families import FAMILIES, family_of
 from ray_jobs.diffusion.families.family import reference
+from ray_jobs.diffusion.finetuning import FineTuning
+from ray_jobs.diffusion.objectives import Draws, FlowMatching, LossSettings
 from ray_jobs.diffusion.sampling import (
     decode_latents,
     encode_prompts,
@@ -26,6 +28,7 @@ from ray_jobs.diffusion.sampling import (
 from ray_jobs.weights.loading import load_pipeline
 from tests.serving import plain_diffusers
 from tests.tiny_models import BY_NAME, MODELS
+from tests.unit.test_families import in_steps, of_steps
 
 EDITORS = [name for name in MODELS if BY_NAME[name][0].max_references]
 PAINTERS = [name for name in MODELS if BY_NAME[name][0].paints_masks]
@@ -70,7 +73,9 @@ def test_families_that_edit_are_these() -> None:
 @pytest.mark.parametrize("count", [1, 2])
 def test_an_edit_is_that_of_the_plain_pipeline(tiny: Callable[[str], Path], name: str, count: int) -> None:
     folder = tiny(name)
-    pipeline, theirs = load_pipeline(str(folder)), plain_diffusers.load(folder)
+    pipeline, theirs = (
+        plain_diffusers.attentive(each) for each in (load_pipeline(str(folder)), plain_diffusers.load(folder))
+    )
     family = family_of(pipeline)
     if count > family.max_references:
         pytest.skip(f"{name} takes {family.max_references}")
@@ -137,3 +142,47 @@ def test_what_is_painted_into_a_mask_is_that_of_the_plain_pipeline(
         assert (ours[number] - 255 * expected).abs().max() < 0.5 + 255e-4
     assert (ours - drawn(None)).abs().max() > 1, "the picture and its mask matter"
     assert (ours - drawn([masked[0], masked[0], masked[2]]))[1].abs().max() > 1
+
+
+@pytest.mark.parametrize("name", EDITORS)
+def test_the_loss_with_a_reference_is_that_of_the_pipelines_own_pieces(
+    tiny: Callable[[str], Path], name: str
+) -> None:
+    """Of a step of the pipeline's own edit: what its scheduler receives is the target's."""
+    pipeline, theirs = (
+        plain_diffusers.attentive(each)
+        for each in (load_pipeline(str(tiny(name))), plain_diffusers.load(tiny(name)))
+    )
+    family, steps, step = family_of(pipeline), list[tuple[Any, ...]](), theirs.scheduler.step
+
+    def recorded(output: Any, timestep: Any, sample: Any, **options: Any) -> Any:
+        steps.append((output, timestep, sample))
+        return step(output, timestep, sample, **options)
+
+    theirs.scheduler.step = recorded
+    plain_diffusers.keep_size(theirs, HEIGHT, WIDTH)
+    options: dict[str, Any] = {"num_inference_steps": 4, "height": HEIGHT, "width": WIDTH}
+    options |= family.guidance_arguments(getattr(pipeline, family.denoiser).config, 1.0)
+    options |= {"image": pillow(picture(1)), "generator": torch.Generator().manual_seed(3)}
+    theirs(prompt=PROMPT, output_type="latent", **plain_diffusers.known(theirs, options))
+    output, timestep, sample = steps[2]
+    sigma = timestep.reshape(1).float() / 1000
+
+    shape = (1, *family.codec.shape(pipeline.vae.config, HEIGHT, WIDTH))
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(3))  # the pipeline's own
+    straight = in_steps(theirs, drawn, rows=1)
+    clean = (sample - sigma * straight) / (1 - sigma)
+    expected = (output - (straight - clean)).square().flatten(1).mean(dim=1)
+
+    objective = family.schedule.objective(pipeline.scheduler.config)
+    assert isinstance(objective, FlowMatching)
+    model = FineTuning(pipeline, family, objective, LossSettings(timestep_sampling="uniform"))
+    draws = Draws(sigma / (objective.shift - (objective.shift - 1) * sigma), drawn)
+    captions = encode_prompts(pipeline, [PROMPT]) | whole_pictures(family, 1, HEIGHT, WIDTH)
+    latents = of_steps(theirs, clean, drawn.shape)
+    with torch.no_grad():
+        looked_at = {reference(0): encode_references(pipeline, picture(1)[None])}
+        loss = model(latents, captions | looked_at, draws)
+        without = model(latents, captions, draws)
+    assert torch.allclose(loss, expected, rtol=1e-4)
+    assert not torch.allclose(loss, without, rtol=1e-3)
