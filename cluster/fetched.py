@@ -41,7 +41,7 @@ def local_path(path: str, field: str = "model.base") -> str:
         if not found:
             raise ConfigError(f"{field}: {where}: there are no files; correct the address")
         identity = hashlib.sha256(json.dumps([where, found]).encode()).hexdigest()[:32]
-        target = _cache() / identity / Path(storage.path).name
+        target = cache_folder() / identity / Path(storage.path).name
         with _alone(target.parent):
             if not target.exists():
                 _fetch(storage, target)
@@ -89,7 +89,7 @@ def _fetch(storage: Storage, target: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
     """Return the cache folder, or one in the temporary folder if it cannot be created."""
     folder = Path(os.environ.get("DIFFRAY_CACHE") or Path.home() / ".cache" / "diffray")
     try:

@@ -78,7 +78,7 @@ class Endpoint:
         self,
         prompt: str,
         *,
-        images: "Sequence[Given]" = (),
+        images: "Given | Sequence[Given]" = (),
         mask: "Given | None" = None,
         n: int = 1,
         seed: int | None = None,
@@ -87,7 +87,7 @@ class Endpoint:
         """Return `n` pictures of a prompt, shown where a notebook shows a cell's value.
 
         Args:
-            images: pictures to draw from, an edit: paths, contents of files, or PIL pictures.
+            images: pictures to draw from, an edit, or one: paths, contents of files, or PIL pictures.
             mask: for models that paint into masks: a PNG of the image's size, transparent where it is to be
                 painted.
             fields: further fields of the request, as `steps`, `negative_prompt` or, with `images`, `strength`
@@ -99,7 +99,8 @@ class Endpoint:
         """
         from PIL import Image
 
-        files = [_file_of(image) for image in images]
+        given = [images] if isinstance(images, str | os.PathLike | bytes | Image.Image) else images
+        files = [_file_of(image) for image in given]
         body = {"prompt": prompt, "n": n, **({} if seed is None else {"seed": seed}), **fields}
         timeout = self.config.serve.request_timeout_s + 10
         path, key = "edits" if files else "generations", os.environ.get(KEY_VARIABLE)

@@ -9,6 +9,7 @@ The endpoint answers at `serve.host` and `serve.port` until Ctrl-C. With `--ask`
 
 import base64
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -20,10 +21,10 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import cycle, islice
 from types import FrameType
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import ray
 from ray import serve
@@ -32,6 +33,7 @@ from ray.serve.config import ProxyLocation
 from ray.serve.context import _get_global_client
 
 from cluster.connect import connect
+from cluster.fetched import cache_folder
 from cluster.storage import Storage, slug
 from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config
 from ray_jobs.console import complain, quiet_logs, show
@@ -82,6 +84,38 @@ def free_port(host: str, port: int, *, else_any: bool = False) -> int:
         raise ConfigError(f"serve.host, serve.port: {host}:{port}: {error.strerror}") from None
 
 
+@contextmanager
+def held_port(host: str, port: int, *, else_any: bool = False) -> Iterator[int]:
+    """Yield `free_port`, and hold it until the end against other commands of this user.
+
+    A port is free until the HTTP server listens, seconds later. Ray's server shares its port with another
+    one's, and each would then get a part of the requests.
+
+    Raises:
+        ConfigError: as `free_port`, or another command holds the port.
+    """
+    with (cache_folder() / f"ports-{socket.gethostname()}.lock").open("ab") as file:  # a byte for each port
+        chosen = free_port(host, port, else_any=else_any)
+        while not _locked(file, chosen):
+            other = free_port(host, 0)
+            if not else_any:
+                raise ConfigError(
+                    f"serve.port: {chosen} is being taken by another command; stop that, or take another: "
+                    f"--set serve.port={other}"
+                )
+            chosen = other
+        yield chosen
+
+
+def _locked(file: IO[bytes], byte: int) -> bool:
+    """Lock a byte of a file for this process; return False if another one has."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+        return True
+    except (BlockingIOError, PermissionError):  # POSIX leaves the choice
+        return False
+
+
 def serving_port(config: Config, port: int) -> int | None:
     """Return the port of the Serve that runs on the joined cluster; None if none runs.
 
@@ -110,6 +144,26 @@ def serving_port(config: Config, port: int) -> int | None:
     return there
 
 
+class Place:
+    """An actor whose name at most one command of a cluster has at a time."""
+
+
+def _take_place(config: Config, port: int) -> Any:
+    """Return the only `Place` of the cluster, which is free again when this process ends.
+
+    Raises:
+        ConfigError: another command has it.
+    """
+    try:
+        return ray.remote(num_cpus=0)(Place).options(name="endpoint", namespace=APPLICATION).remote()
+    except ValueError:
+        serving_port(config, port)  # says where the endpoint is, once it is there
+        raise ConfigError(
+            "RAY_ADDRESS: another command is starting an endpoint on this cluster, which can have one only; "
+            "wait for it, and send requests there"
+        ) from None
+
+
 @contextmanager
 def endpoint(config: Config, registered: RegisteredModel, port: int) -> Iterator[str]:
     """Serve `registered` on the joined Ray cluster, yield its URL once it answers, and stop it at the end.
@@ -121,6 +175,17 @@ def endpoint(config: Config, registered: RegisteredModel, port: int) -> Iterator
     """
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     url = browsable(config.serve.host, port)
+    place = _take_place(config, port)
+    try:
+        with _served(config, registered, port, url):
+            yield url
+    finally:
+        ray.kill(place)
+
+
+@contextmanager
+def _served(config: Config, registered: RegisteredModel, port: int, url: str) -> Iterator[None]:
+    """Serve `registered`, as `endpoint` does, in a cluster where no other command does."""
     was_serving = serving_port(config, port) is not None
     application = build_application(config, registered)
     # In a worker, which may be nearer to the base and is gone afterwards: this process imports no PyTorch.
@@ -139,7 +204,7 @@ def endpoint(config: Config, registered: RegisteredModel, port: int) -> Iterator
         except (RuntimeError, RayError) as error:
             raise EndpointError(_why_not_started(error)) from error
         wait_until_ready(url)
-        yield url
+        yield
     finally:
         if was_serving or _others_are_served():
             serve.delete(APPLICATION)
@@ -272,15 +337,17 @@ def intact(config: Config, registered: RegisteredModel) -> RegisteredModel:
     return registered
 
 
-def _port(config: Config, asking: bool) -> int:
-    """Return the port of the joined cluster's Serve, else a free one on which a new Serve is to listen."""
+@contextmanager
+def _port(config: Config, asking: bool) -> Iterator[int]:
+    """Yield the port of the joined cluster's Serve, else a free one on which a new Serve is to listen."""
     running = serving_port(config, 0 if asking else config.serve.port) if ray.is_initialized() else None
     if running:
-        return running
-    port = free_port(config.serve.host, config.serve.port, else_any=asking)
-    if asking and port != config.serve.port and config.serve.port:
-        show(f"serve: port {config.serve.port} is in use, taking {port}")
-    return port
+        yield running
+        return
+    with held_port(config.serve.host, config.serve.port, else_any=asking) as port:
+        if asking and port != config.serve.port and config.serve.port:
+            show(f"serve: port {config.serve.port} is in use, taking {port}")
+        yield port
 
 
 def run(config: Config, num_pictures: int | None, prompts: Sequence[str]) -> None:
@@ -298,24 +365,25 @@ def run(config: Config, num_pictures: int | None, prompts: Sequence[str]) -> Non
     check_parts(config)
     asking = num_pictures is not None
     joins_later = bool(os.environ.get("RAY_ADDRESS")) and not ray.is_initialized()
-    # No Serve runs on an embedded cluster, and an error is better reported before Ray starts.
-    port = None if joins_later else _port(config, asking)
-    log = quiet_logs()
-    show(f"framework logs: {log} and Ray's session folder")
-    show(f"serve: starting {registered.name} version {registered.version}")
-    with connect(config, "serve"):
+    with ExitStack() as held:
+        # No Serve runs on an embedded cluster, and an error is better reported before Ray starts.
+        port = None if joins_later else held.enter_context(_port(config, asking))
+        log = quiet_logs()
+        show(f"framework logs: {log} and Ray's session folder")
+        show(f"serve: starting {registered.name} version {registered.version}")
+        held.enter_context(connect(config, "serve"))
         # Ray sets its own handlers, which would skip the endpoint's orderly shutdown.
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, _stop)
         if port is None:
-            port = _port(config, asking)
-        with endpoint(config, registered, port) as url:
-            if num_pictures is not None:
-                ask(config, url, num_pictures, prompts)
-                return
-            _announce(config, registered, url)
-            while True:
-                signal.pause()
+            port = held.enter_context(_port(config, asking))
+        url = held.enter_context(endpoint(config, registered, port))
+        if num_pictures is not None:
+            ask(config, url, num_pictures, prompts)
+            return
+        _announce(config, registered, url)
+        while True:
+            signal.pause()
 
 
 def main(arguments: list[str] | None = None) -> int:

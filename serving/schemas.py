@@ -51,6 +51,9 @@ UNSUPPORTED_FIELDS = {
 # unless the answer says otherwise. A request that timed out would run three times, a failed one fail again.
 DO_NOT_RETRY = {"x-should-retry": "false"}
 
+DRAWING_FAILED = "drawing_failed"
+"""Code of an error whose message is that of an exception in a replica, which no client is told."""
+
 
 class APIError(Exception):
     """An error for the client: an HTTP status, OpenAI's error body, and headers such as Retry-After."""

@@ -1,20 +1,26 @@
 """Folders of pictures that the page may read, and uploads into them."""
 
+import csv
 import hashlib
+import io
+import json
 import os
 import re
 import tempfile
 import unicodedata
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import zip_longest
 from pathlib import Path
 from shutil import rmtree
+from typing import Any
 
 from pydantic import BaseModel
 
 from ray_jobs.config import ConfigError, home
 from ray_jobs.data.sources.listing import READ_SUFFIXES, TEXT_SUFFIX
 from ray_jobs.data.sources.metadata import METADATA_FILES
+from ray_jobs.data.sources.tables import CAPTION_COLUMNS
 from ray_jobs.pictures.reading import MAX_PIXELS, Rejected, read_picture
 
 MAX_BYTES = 64 << 20
@@ -125,7 +131,8 @@ class DataFolders:
     def save(self, folder: str, name: str, content: bytes) -> str:
         """Write an uploaded picture or file of captions, whole or not at all; return its name.
 
-        A folder that does not exist yet is filled out of sight, until `finish`. Nothing is replaced.
+        A folder that does not exist yet is filled out of sight, until `finish`. Nothing is replaced. A list
+        of captions names the pictures as they are saved.
 
         Raises:
             ConfigError: the page may not write there, the file is neither a picture that can be read nor
@@ -134,6 +141,8 @@ class DataFolders:
         target = Path(self.allowed(folder))
         name = safe_name(name)
         _check(name, content)
+        if name in CAPTION_LISTS:
+            content = _with_saved_names(name, content.decode("utf-8-sig"), target).encode()
         if not os.path.isdir(target.parent):
             raise ConfigError(f"data: {folder}: {target.parent} is no folder; choose one that exists")
         place = target
@@ -217,6 +226,44 @@ def safe_name(given: str) -> str:
     stem, suffix = os.path.splitext(re.sub(r"[^\w .()+-]", "_", name).strip(" ."))
     stem = stem.encode()[:LONGEST].decode(errors="ignore").lstrip("-")
     return f"{stem or 'picture'}{suffix}"
+
+
+def _with_saved_names(list_name: str, text: str, folder: Path) -> str:
+    """Return a list of captions with `safe_name` of the pictures that it names, but for those in `folder`.
+
+    A line that cannot be read stays as it is: prepare says which it is.
+    """
+
+    def saved(column: str | None, value: Any) -> Any:
+        is_picture = isinstance(value, str) and value.lower().endswith(READ_SUFFIXES)
+        if not is_picture or column in CAPTION_COLUMNS:
+            return value
+        place = folder / value
+        is_inside = place.is_relative_to(folder) and ".." not in place.parts
+        return value if is_inside and os.path.exists(place) else safe_name(value)
+
+    def of_line(line: str) -> str:
+        try:
+            fields = json.loads(line)
+        except ValueError:
+            return line
+        if not isinstance(fields, dict):
+            return line
+        named = {column: saved(column, value) for column, value in fields.items()}
+        return line if named == fields else json.dumps(named, ensure_ascii=False)
+
+    if list_name.endswith(".jsonl"):
+        return "\n".join(map(of_line, text.split("\n")))
+    try:
+        head, *rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    except (csv.Error, ValueError):
+        return text
+    named = [[saved(*each) for each in zip_longest(head[: len(row)], row)] for row in rows]
+    if named == rows:
+        return text
+    written = io.StringIO(newline="")
+    csv.writer(written, lineterminator="\n").writerows([head, *named])
+    return written.getvalue()
 
 
 def _check(name: str, content: bytes) -> None:

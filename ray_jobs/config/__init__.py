@@ -211,6 +211,7 @@ class Config(Section):
     def _train_fits(self) -> "Config":
         self._check_stages()
         self._check_prior_preservation()
+        self._check_masks()
         self._check_quantization()
         self._check_adapters()
         return self
@@ -243,6 +244,10 @@ class Config(Section):
             raise ValueError(
                 "train.prior_loss_weight needs data.encode: cache, which costs little for a few class images"
             )
+
+    def _check_masks(self) -> None:
+        if not self.data.has_masks:
+            require_unset(self.train.loss, "without mask_column in data.sources", "outside_mask")
 
     def _check_quantization(self) -> None:
         """A quantised base is frozen, whole on each worker, and never merged with what was trained on it."""
@@ -321,8 +326,11 @@ class Config(Section):
             if f"train.{field}" in space:
                 raise ValueError(f"search.space.train.{field} changes nothing {where}")
             require_unset(train, where, field)
-        if not self.data.has_masks:
-            require_unset(train.loss, "without mask_column in data.sources", "outside_mask")
+        for field in () if searched_stages else train.own_of_stages(ends(space.get("train.optimizer", []))):
+            where = "because every stage of train.stages has its own"
+            if f"train.{field}" in space:
+                raise ValueError(f"search.space.train.{field} changes nothing {where}")
+            require_unset(train, where, field)
         methods = [train.method, *ends(space.get("train.method", []))]
         if adapters := [name for name in space if name.startswith("train.lora") and "lora" not in methods]:
             raise ValueError(f"search.space.{adapters[0]} changes nothing with train.method: full")
@@ -410,6 +418,7 @@ class Config(Section):
             )
         trial._check_stages()
         trial._check_prior_preservation()
+        trial._check_masks()
         trial._check_quantization()
         trial._check_adapters()
         return trial.train

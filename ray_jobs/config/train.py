@@ -1,6 +1,7 @@
 """What is trained and how."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Iterable
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -389,6 +390,27 @@ class TrainConfig(Section):
     def optimizers(self) -> list[Optimizer]:
         """The optimizer of each stage; without `stages`, of the run."""
         return [stage.optimizer or self.optimizer for stage in self.stages] or [self.optimizer]
+
+    def own_of_stages(self, searched: Iterable[Any]) -> list[str]:
+        """Return the settings of which every stage that reads them has its own; empty without `stages`.
+
+        Args:
+            searched: further values of `optimizer` that trials have.
+        """
+        found = []
+        for field in StageConfig.model_fields.keys() - {"steps", "learning_rate"}:
+            having = OPTIMIZER_SETTINGS.get(field, set(get_args(Optimizer)))
+            readers = [
+                stage
+                for stage in self.stages
+                if having.intersection([stage.optimizer] if stage.optimizer else [self.optimizer, *searched])
+                and not (field == "warmup_steps" and stage.schedule == "constant")
+            ]
+            # Schedule-free keeps the first beta of the run through all stages.
+            kept = field == "betas" and "schedule_free" in self.optimizers
+            if readers and not kept and all(getattr(stage, field) is not None for stage in readers):
+                found.append(field)
+        return sorted(found)
 
     @property
     def makes_adapter(self) -> bool:

@@ -18,7 +18,7 @@ class TrainingProgress:
 
     Attributes:
         waiting: share of the time since the last checkpoint that was spent waiting for data.
-        memory_gib: device memory of rank 0 in GiB.
+        memory_gib: device memory of rank 0 in GiB; on a CPU without what it shares, as the object store.
     """
 
     trial_id: str

@@ -374,7 +374,11 @@ def prepared_by(config: Config, run: str) -> Dataset:
 
 
 def dry_run(config: Config) -> str:
-    """Scan and decide without captioning or encoding; write the preview and return its URI."""
+    """Scan and decide without captioning or encoding; write the preview and return its URI.
+
+    Raises:
+        ConfigError: as `prepare`; for too few photos of a subject only after the preview, which shows why.
+    """
     sources = open_sources(config)
     check_references(config)
     check_subjects(config, sources)
@@ -382,7 +386,6 @@ def dry_run(config: Config) -> str:
     announce_class_pictures(config, sources)
     storage = RunFolder.of(config).dataset
     found, decisions = examine(config, sources, storage)
-    require_photos(sources, found, decisions, storage)
     announce_captions(config, found, storage.child(INDEX), decisions, storage)
     manifest, _ = _plan(config, sources, found, decisions, storage)
     _say_cut(long_captions(config, found, storage.child(INDEX), decisions))
@@ -395,4 +398,5 @@ def dry_run(config: Config) -> str:
     )
     storage.write_text(PREVIEW, page)
     say("prepare", f"nothing encoded; see {storage.uri}/{PREVIEW}")
+    require_photos(sources, found, decisions, storage)
     return f"{storage.uri}/{PREVIEW}"

@@ -37,11 +37,7 @@ def suited_to_references(config: Config) -> Config:
         ConfigError: it is to be ranked by targets, which only rows with these have.
     """
     if not num_before(config):
-        if config.search.rank_by == TARGET:
-            raise ConfigError(
-                "search.rank_by: target is for models that edit reference images or paint into masks; name "
-                "these in the reference_columns or mask_column of data.sources, or choose another score"
-            )
+        _check_ranking(config)
         return config
     search, data, evaluate = config.search, config.data, config.evaluate
     family = painter(config)
@@ -59,11 +55,21 @@ def suited_to_references(config: Config) -> Config:
     return config.model_copy(update={"search": search, "data": data, "evaluate": evaluate})
 
 
+def _check_ranking(config: Config) -> None:
+    """Raise ConfigError if a set without references or masks to paint into is to be ranked by targets."""
+    if config.search.rank_by == TARGET and not num_before(config):
+        raise ConfigError(
+            "search.rank_by: target is for models that edit reference images or paint into masks; name "
+            "these in the reference_columns or mask_column of data.sources, or choose another score"
+        )
+
+
 def check_references(config: Config) -> None:
-    """Check that the model takes as many reference pictures as the sources name, and their size.
+    """Check that the model takes as many reference pictures as the sources name, their size, and that only
+    rows with references are ranked by targets.
 
     Raises:
-        ConfigError: it does not, or it paints into masks and the sources name none.
+        ConfigError: one of these is not so, or it paints into masks and the sources name none.
     """
     count, base = config.data.num_references, config.model.base
     family = family_in(local_path(base), revision=config.model.revision)
@@ -73,6 +79,7 @@ def check_references(config: Config) -> None:
             "each row; name the column of masks, which are white where the image is to be painted"
         )
     if not count:
+        _check_ranking(config)
         return
     if count > family.max_references:
         takes = f"at most {family.max_references}" if family.max_references else "none"

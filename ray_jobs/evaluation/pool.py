@@ -714,6 +714,13 @@ class EvaluatorPool:
         count = min(self.config.publish.sample_count, self._num_samples(split))
         return [sample_name(i, caption) for i, caption in enumerate(self.captions[split][:count])]
 
+    def edited(self, split: Split, count: int) -> list[list[bytes]]:
+        """PNGs of the reference pictures of a split's first captions; none for a split without references."""
+        import ray
+
+        known = self.references.get(split)
+        return [] if known is None else [pngs for pngs, _ in ray.get(known)[:count]]
+
     def floor(self, split: Split) -> Scores:
         """Score real training pictures: as many as `score` generates, or as many as prepare kept."""
         import ray
@@ -816,6 +823,13 @@ class EvaluatorPool:
             self._edited_by_prompts = _shared(square or rows), len(square or rows)
         references, count = self._edited_by_prompts
         return references, [number % count for number in numbers]
+
+    def edited_by_prompts(self) -> list[list[bytes]]:
+        """PNGs of the reference pictures of each of `evaluate.prompts`; none without references."""
+        import ray
+
+        known, places = self._prompt_references(range(len(self.config.evaluate.prompts)))
+        return [] if known is None else [ray.get(known)[place][0] for place in places]
 
     def prompts_of(
         self, weights: str, checkpoint: Storage, guidance_scale: float | None = None

@@ -69,6 +69,7 @@ class Picture:
     image: Image.Image
     width: int  # width of the file's image, upright, in pixels
     height: int
+    is_transparent: bool = False  # whether some pixels of the file are not opaque
 
 
 def read_picture(
@@ -98,13 +99,15 @@ def read_picture(
     """
     stored = _stored(data, max_pixels, at_least, formats)
     upright, alpha, size = to_srgb(stored.colours, stored.profile), stored.alpha, stored.size
+    is_transparent = alpha is not None and alpha.histogram()[-1] < alpha.width * alpha.height
     if alpha is not None:
         canvas = Image.new("RGB", upright.size, background)
         canvas.paste(upright, mask=alpha)
         upright = canvas
     if stored.orientation in UPRIGHT:
         upright = upright.transpose(UPRIGHT[stored.orientation])
-    return Picture(upright, *(reversed(size) if stored.orientation in SWAPS_SIDES else size))
+    width, height = reversed(size) if stored.orientation in SWAPS_SIDES else size
+    return Picture(upright, width, height, is_transparent)
 
 
 def read_alpha(data: bytes, *, max_pixels: int) -> Image.Image | None:

@@ -13,6 +13,7 @@ from ray_jobs.config import Config, ConfigError
 from ray_jobs.console import say
 from ray_jobs.data.encoding.captioning import check_captioning
 from ray_jobs.data.encoding.shapes import picture_shapes
+from ray_jobs.data.references import check_references
 from ray_jobs.diffusion.families import Family
 from ray_jobs.diffusion.protocols import Denoiser, Scheduler, Settings
 from ray_jobs.diffusion.sampling import UNGUIDED
@@ -44,6 +45,7 @@ def check_stages(config: Config) -> list[str]:
     try:
         shapes = picture_shapes(config)
         check_captioning(config)
+        check_references(config)
         family, model = check_settings(config)
         denoiser = getattr(model, family.denoiser)
         base, revision = local_path(config.model.base), config.model.revision

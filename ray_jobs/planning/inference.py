@@ -22,7 +22,7 @@ from ray_jobs.diffusion.precision import PRECISIONS, cast, to_precision
 from ray_jobs.diffusion.quantization import quantize
 from ray_jobs.planning.footprint import blank_conditions
 from ray_jobs.weights.feature_networks import load_networks
-from ray_jobs.weights.loading import dtypes_of, empty_model, load_tokenizers, read_index
+from ray_jobs.weights.loading import dtypes_of, empty_model, load_text, read_index
 from ray_jobs.weights.model_files import model_folder
 
 EMBEDDING = "embedding"
@@ -107,12 +107,8 @@ def engines_of(config: Config) -> int:
 
 def _longest_caption(config: Config) -> Captions:
     """Return the tokens of a caption that fills all of its places; none if the model has no text encoders."""
-    base, revision = local_path(config.model.base), config.model.revision
-    index = read_index(base, revision)
-    text = family_of(index["_class_name"]).text
-    if not any(index.get(name, [None])[0] for name in text.encoders):
-        return {}
-    return text.tokenize(load_tokenizers(base, revision=revision), [text.as_prompt("a " * MANY_WORDS)])
+    text, tokenizers = load_text(local_path(config.model.base), revision=config.model.revision)
+    return text.tokenize(tokenizers, [text.as_prompt("a " * MANY_WORDS)]) if vars(tokenizers) else {}
 
 
 def _measuring(config: Config) -> tuple[int, int]:

@@ -129,13 +129,14 @@ def _front_matter(
 def _introduction(config: Config, winner: Winner) -> str:
     begun = {field: portable(name) for field, name in winner.begins_from.items()}
     base = _text(begun.get("base") or portable(config.model.base))
-    lora = config.train.lora
+    lora, edits = config.train.lora, config.data.num_references > 0
+    article, does = ("An", "image-editing") if edits else ("A", "text-to-image")
     if config.train.makes_adapter:
         form = "rank" if lora.kind == "lora" else f"trained as {KINDS[lora.kind]} of rank"
-        kind = f"LoRA weights ({form} {lora.rank}) for the text-to-image model {base}"
+        kind = f"LoRA weights ({form} {lora.rank}) for the {does} model {base}"
     else:
         how = "all of its denoiser fine-tuned" if config.train.method == "full" else _rotated(lora)
-        kind = f"A text-to-image model: {base}, {how}"
+        kind = f"{article} {does} model: {base}, {how}"
     told = f" {_text(beginning(begun))}" if begun else ""
     return f"{kind}, in diffusers' format.{told} {_text(headline(winner))}"
 
@@ -409,10 +410,17 @@ def _data(config: Config, manifest: Manifest) -> list[str]:
     if not manifest.held_out:
         of = "test scores" if manifest.folds else "scores"
         held_out = f" It is too small to hold out images; {of} use training images."
+    data = config.data
+    sizes = f"{data.resolution} pixels"
+    if data.num_references:
+        each = "a reference" if data.num_references == 1 else f"{data.num_references} references"
+        sizes += f", each with {each} of {data.reference_resolution or data.resolution}"
+    if data.has_masks:
+        sizes += f"; what is outside of its mask counted {config.train.loss.outside_mask:g} of what is inside"
     return [
         "## Training data",
         f"{manifest.captions.different:,} different captions; pictures: {splits};"
-        f" {config.data.resolution} pixels.{held_out} Digest of the prepared data: `{manifest.digest}`.",
+        f" {sizes}.{held_out} Digest of the prepared data: `{manifest.digest}`.",
         _table(("source", "pictures", "share of training"), rows),
     ]
 
@@ -428,9 +436,10 @@ def _settings(config: Config, winner: Winner) -> list[str]:
     rows = [
         ("trained", method + (", and the text encoders" if train.train_text_encoder else "")),
         ("learning rate", f"{winner.learning_rate:g}, {train.schedule}"),
+        ("optimizer", ", then ".join(dict.fromkeys(train.optimizers))),
         ("steps", f"{winner.step:,} of {train.batch_size} pictures"),
         ("precision", train.precision),
-        ("sharding", f"DeepSpeed ZeRO stage {train.zero_stage}, {workers} workers"),
+        ("sharding", f"ZeRO stage {train.zero_stage}, {workers} workers"),
         ("averaged weights (EMA)", f"decay {train.ema_decay:g}" if train.ema_decay else "off"),
         ("seed", str(config.seed)),
     ]

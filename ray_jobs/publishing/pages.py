@@ -128,7 +128,8 @@ def _strip(pool: EvaluatorPool, found: SearchResult, winner: Winner, base: list[
     if split != shown_split(pool.config):
         base = _opened(pool.pictures(None, split, len(names)))
     captions = pool.captions[split][: len(names)]
-    return Strip(captions, [("base", base), *columns], f"{winner.step:,}")
+    edited = [_opened(pngs) for pngs in pool.edited(split, len(names))]
+    return Strip(captions, [("base", base), *columns], f"{winner.step:,}", edited)
 
 
 def _climbed(found: SearchResult, winner: Winner) -> list[RungRow]:
@@ -153,7 +154,8 @@ def _prompts(pool: EvaluatorPool, found: SearchResult, winner: Winner) -> Strip 
     for row in _climbed(found, winner):
         drawn = pool.prompts_of(weights_of(row.checkpoint), Storage.open(row.checkpoint))
         columns.append((f"{row.step:,}", _opened(drawn)))
-    return Strip(prompts, columns, f"{winner.step:,}")
+    edited = [_opened(pngs) for pngs in pool.edited_by_prompts()]
+    return Strip(prompts, columns, f"{winner.step:,}", edited)
 
 
 def _with_copies(pool: EvaluatorPool, found: SearchResult) -> list[RungRow]:

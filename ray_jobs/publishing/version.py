@@ -8,7 +8,13 @@ from ray_jobs.evaluation.pool import SUBJECT_FEATURES, EvaluatorPool
 from ray_jobs.publishing.pages import CARD
 from ray_jobs.registry.models import TEST_FEATURES, champion
 from ray_jobs.registry.promotion import Measured, Paired, Result
-from ray_jobs.registry.registration import Registered, beginning_tags, quantization_tags, register
+from ray_jobs.registry.registration import (
+    Registered,
+    beginning_tags,
+    quantization_tags,
+    register,
+    training_tags,
+)
 from ray_jobs.report import headline
 from ray_jobs.run.records import FID, MEASURES, SUBJECT, RungRow, Winner
 from ray_jobs.run.split import TEST
@@ -55,6 +61,7 @@ def register_winner(
     config: Config, winner: Winner, data: str, source: str, paired: Paired | None
 ) -> Registered:
     """Register the winner as a version; `data` is the digest of the prepared data."""
+    tags = training_tags(config.with_settings(winner.settings).train)
     return register(
         config,
         source=source,
@@ -76,7 +83,7 @@ def register_winner(
             "step": str(winner.step),
             **{name: str(value) for name, value in winner.settings.items()},
             "guidance_scale": f"{config.evaluate.guidance_scale:g}",
-            "method": config.train.makes,
+            **tags,
             "base": config.model.base,
             **({"base_revision": config.model.revision} if config.model.revision else {}),
             **beginning_tags(config),
@@ -86,6 +93,7 @@ def register_winner(
         },
         metrics=_metrics(winner),
         description=f"{headline(winner)} Card: {CARD} beside the weights.",
+        tags=tags,
     )
 
 

@@ -26,6 +26,15 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
+BEGINNING = (
+    "base",
+    "base_revision",
+    "base_quantization",
+    "base_text_quantization",
+    "begins_from_base",
+    "begins_from_adapter",
+)  # tags
+
 
 def promote(config: Config, version: int) -> None:
     """Make a version the champion regardless of its scores, and the former champion `previous`.
@@ -118,7 +127,13 @@ def measured_of(client: "MlflowClient", version: "ModelVersion") -> Measured | N
         ranked_by=tags.get("ranked_by", FID),
         others=others,
         preference_model=tags.get("preference_model"),
+        begins_from=begins_from(version),
     )
+
+
+def begins_from(version: "ModelVersion") -> str:
+    """Return the base, and version or adapter, from which a version was trained, as its tags name them."""
+    return " ".join(f"{name}={version.tags.get(name, '')}" for name in BEGINNING)
 
 
 def aliases_of(client: "MlflowClient", config: Config) -> dict[str, int]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ray_jobs.run.records import CORRECTED, FID, MEASURES, PREFERENCE
+from ray_jobs.run.records import CORRECTED, FID, MEASURES, PREFERENCE, SUBJECT
 
 
 class Result(NamedTuple):
@@ -33,6 +33,7 @@ class Measured:
         ranked_by: which score the search went by, one of `MEASURES`.
         others: the scores beside FID that can rank, by their names in `MEASURES`.
         preference_model: identity of the reward model, if there is one.
+        begins_from: base, and version or adapter, from which the weights were trained; "" if not recorded.
     """
 
     fid: float
@@ -45,6 +46,7 @@ class Measured:
     ranked_by: str = FID
     others: Mapping[str, Result] = field(default_factory=dict)
     preference_model: str | None = None
+    begins_from: str = ""
 
     def result(self, measure: str) -> Result | None:
         """Return a score; None if it was not recorded."""
@@ -79,9 +81,12 @@ def compared_by(new: Measured, champion: Measured) -> str:
     """Return the score that decides between two versions: the new one's `ranked_by` if both have it, or FID.
 
     The corrected FID depends on training pictures, by which it is corrected, and is compared only where they
-    are the same; the preference gap only where the reward model is.
+    are the same; the preference gap only where the reward model is; the subject score, which is relative to
+    what the weights were trained from, only where that is.
     """
     measure = new.ranked_by
+    if measure == SUBJECT and new.begins_from != champion.begins_from:
+        return FID
     if measure == PREFERENCE and new.preference_model != champion.preference_model:
         return FID
     if measure == CORRECTED and new.data != champion.data:

@@ -8,13 +8,20 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from cluster.storage import Storage
-from ray_jobs.config import Config, ModelConfig
-from ray_jobs.registry.aliases import aliases_of, command_line, make_champion, measured_of, names_of
+from ray_jobs.config import Config, ModelConfig, TrainConfig
+from ray_jobs.registry.aliases import (
+    aliases_of,
+    begins_from,
+    command_line,
+    make_champion,
+    measured_of,
+    names_of,
+)
 from ray_jobs.registry.beginning import beginning_names
 from ray_jobs.registry.digests import digest_of_bytes, is_copy, weights_digest
 from ray_jobs.registry.models import (
@@ -140,6 +147,8 @@ def _decide(
         against = "it is not measured"
         decision = ""
     else:
+        own = client.get_model_version(name, str(version))
+        measured = replace(measured, begins_from=begins_from(own))
         held = measured_of(client, client.get_model_version(name, str(champion)))
         against = objection(measured, held, paired if paired and paired.champion == champion else None)
         measure = compared_by(measured, held) if held else FID
@@ -217,17 +226,21 @@ def beginning_tags(config: Config) -> dict[str, str]:
     return {f"begins_from_{field}": name for field, name in beginning_names(config).items()}
 
 
+def training_tags(train: TrainConfig) -> dict[str, str]:
+    """Return tags of what a training makes of weights, which a search may decide."""
+    return {"method": train.makes, "zero_terminal_snr": str(train.loss.zero_terminal_snr).lower()}
+
+
 def _tags(config: Config, measured: Measured | None, digest: str) -> dict[str, str]:
     """Return a version's tags."""
     tags = {
         "base": config.model.base,
         "base_revision": config.model.revision or "",
         **quantization_tags(config.model),
-        "method": config.train.makes,
+        **training_tags(config.train),
         "digest": digest,
         "config_digest": hashlib.sha256(config.to_yaml().encode()).hexdigest(),  # digest of config.yaml
         "code_version": code_version(),
-        "zero_terminal_snr": str(config.train.loss.zero_terminal_snr).lower(),
         "signature": json.dumps(signature(config.data.resolution)),
     }
     if measured is None:

@@ -44,8 +44,10 @@ REASONS = {
     "incomplete": "A picture that reference_columns or mask_column names is missing, or cannot be read: add"
     " or replace it, or remove the row.",
     "mask_of_another_size": "The mask has other sides than its picture: draw it on the picture itself.",
-    "empty_mask": "The mask is black, so nothing of the picture would be learned: paint what is to be learned"
-    " white, or remove the row.",
+    "empty_mask": "The mask is dark, so nothing of the picture would be learned: paint what is to be learned"
+    " white (255, not 1), or remove the row.",
+    "transparent_mask": "The mask has transparent pixels: save it without an alpha channel, white where the"
+    " picture is to be learned and black elsewhere.",
     "broken_shard": "The file is damaged, and everything after the damage is lost: copy or create it again.",
     "missing_stratum": "The picture has no value for data.stratify or data.balance: add it to its .json.",
     "blurred": "The picture is less sharp than data.cleaning.min_sharpness: replace it with a sharper one, or"

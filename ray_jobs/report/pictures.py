@@ -46,12 +46,14 @@ class PictureRow:
     @property
     def columns(self) -> tuple[str, ...]:
         """Return the headings of the pictures: those of an edit are its references, and last its target."""
-        if len(self.references) == 1:
-            return ("before", *COLUMNS[1:], "target")
         if self.references:
-            of_each = (f"reference {number}" for number in range(1, len(self.references) + 1))
-            return (*of_each, *COLUMNS[1:], "target")
+            return (*_reference_headings(len(self.references)), *COLUMNS[1:], "target")
         return COLUMNS
+
+
+def _reference_headings(count: int) -> list[str]:
+    """Name the references of an edit, of which there are `count`."""
+    return ["before"] if count == 1 else [f"reference {number}" for number in range(1, count + 1)]
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,19 @@ class Strip:
         captions: captions or prompts of the rows.
         columns: heading (`base`, or the rung's step) and one picture per caption, in step order.
         winner: heading of the winner's column.
+        references: the reference pictures of each row, if these are edits.
     """
 
     captions: Sequence[str]
     columns: Sequence[tuple[str, Sequence[Image.Image]]]
     winner: str
+    references: Sequence[Sequence[Image.Image]] = ()
+
+    @property
+    def all_columns(self) -> list[tuple[str, Sequence[Image.Image]]]:
+        """Return the columns, before them those of the references."""
+        shown = list(zip(*self.references, strict=True))
+        return [*zip(_reference_headings(len(shown)), shown, strict=True), *self.columns]
 
 
 @dataclass(frozen=True)
@@ -144,7 +154,7 @@ def _over_steps(title: str, note: str, strip: Strip) -> str:
     def name(heading: str) -> str:
         return f"★ {heading}" if heading == strip.winner else heading
 
-    head = "".join(cell("th", heading, escape(name(heading))) for heading, _ in strip.columns)
+    head = "".join(cell("th", heading, escape(name(heading))) for heading, _ in strip.all_columns)
     rows = []
     for number, caption in enumerate(strip.captions):
         cells = "".join(
@@ -154,7 +164,7 @@ def _over_steps(title: str, note: str, strip: Strip) -> str:
                 f'<img src="{data_uri(pictures[number], STRIP_PICTURE)}" '
                 f'alt="{escape(caption)}: {escape(name(heading))}">',
             )
-            for heading, pictures in strip.columns
+            for heading, pictures in strip.all_columns
         )
         rows.append(f'<tr><th scope="row"><span>{escape(caption)}</span></th>{cells}</tr>')
     return (

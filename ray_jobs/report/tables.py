@@ -162,6 +162,10 @@ def scores(winner: Winner, results: Rows) -> list[tuple[str, str, str]]:
         for whose, prefix in (("base", "base_"), ("winner", "")):
             if finite(winner, prefix + key) is not None:
                 rows.append((f"{name}: {whose}", value(prefix + key, digits), meaning))
+    if winner.unedited_test_target is not None:
+        title = "Distance to the target, test: pictures as they were"
+        unedited = "the first reference in place of the edit: what a model has that changes nothing"
+        rows.append((title, value("unedited_test_target", 3), unedited))
     return rows
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from cluster.lease import LEASES, holder
+from cluster.sqlite import sqlite_file
 from cluster.storage import Storage, canonical
 from ray_jobs.config import NO_RUNS, Config, ConfigError
 from ray_jobs.data.encoding.cache_files import ASIDE
@@ -232,6 +233,11 @@ def _published(config: Config, root: Storage, versions: Versions) -> Place:
         raise ConfigError("not published")
     best = RungRow.parse(_parsed(search, FINISHED)["winner"], f"{search.uri}/{FINISHED}")
     model = str(winner.publish_settings.get("publish.model_name", config.publish.model_name))
+    there = str(winner.publish_settings.get("publish.tracking_uri", shown_uri(config)))
+    file = sqlite_file(there)
+    # A file that is gone was moved with its storage. Another registry may have a version of the same number.
+    if there != shown_uri(config) and (file is None or file.exists()):
+        raise ConfigError(f"its {model} version {winner.registry_version} is in the registry {there}")
     if winner.registry_version is None or (model, winner.registry_version) not in versions:
         said = f"{model} version {winner.registry_version}"
         raise ConfigError(f"its {said} is not in the registry {shown_uri(config)}")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ray_jobs.diffusion.families import FAMILIES, family_of
+from ray_jobs.diffusion.families.text import Text
 from ray_jobs.diffusion.families.text_processor import text_processor
 from ray_jobs.diffusion.precision import to_precision
 from ray_jobs.diffusion.protocols import Component, Pipeline
@@ -292,6 +293,12 @@ def load_tokenizers(base: str, *, revision: str | None = None) -> Any:
             if entry != [None, None]
         }
     )
+
+
+def load_text(base: str, *, revision: str | None = None) -> tuple[Text, Any]:
+    """Return how a model's family reads texts, and the model's tokenizers (`load_tokenizers`)."""
+    family = family_of(read_index(base, revision)["_class_name"])
+    return family.text, load_tokenizers(base, revision=revision)
 
 
 def read_index(base: str, revision: str | None = None) -> dict[str, Any]:

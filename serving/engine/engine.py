@@ -225,7 +225,7 @@ class Engine:
                 self._guarded(group, lambda: chunks.run(group, self._denoise))
             if chunk := self.scheduler.next_to_decode():
                 self._guarded([each.row for each in chunk], lambda: self._decoding.run(chunk, self._decode))
-        return bool(joined or group or chunk)
+        return bool(joined or images or group or chunk)
 
     def drain(self) -> None:
         """Step until every request is answered."""

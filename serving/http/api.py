@@ -16,9 +16,11 @@ from starlette.types import Receive, Scope, Send
 from serving.http.access import needed_scope
 from serving.http.asgi_exchange import context_of
 from serving.http.feedback import feedback_router
+from serving.http.logs import LOGGER
 from serving.http.multipart import form_fields
 from serving.messages import label
 from serving.schemas import (
+    DRAWING_FAILED,
     APIError,
     EditRequest,
     ErrorResponse,
@@ -232,8 +234,8 @@ async def _as_text(
         async for event in events:
             yield _event(event.type, event.model_dump_json())
     except APIError as error:
-        context.reason, context.stream_status = error.code, error.status
-        yield _event("error", json.dumps(error.body()))
+        context.stream_status = error.status
+        yield _event("error", json.dumps(_for_client(error, context).body()))
     finally:
         await events.aclose()
 
@@ -299,8 +301,23 @@ def _json(content: object) -> Response:
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, APIError)
-    context_of(request.scope).reason = error.code  # for the outer layers
+    error = _for_client(error, context_of(request.scope))
     return JSONResponse(error.body(), error.status, error.headers)
+
+
+def _for_client(error: APIError, context: RequestContext) -> APIError:
+    """Record an error for the outer layers; return it without what a replica's exception says of the server,
+    which is logged instead."""
+    context.reason = error.code
+    if error.code != DRAWING_FAILED:
+        return error
+    LOGGER.error(
+        "image generation failed", exc_info=error, extra={"fields": {"request_id": context.request_id}}
+    )
+    message = (
+        f"image generation failed; the server's log has details under the request id {context.request_id}"
+    )
+    return APIError(error.status, message, code=error.code)
 
 
 async def _answer_invalid(request: Request, error: Exception) -> Response:

@@ -9,7 +9,7 @@ from ray_jobs.config import Config, ConfigError
 from ray_jobs.registry.models import CANDIDATE, CHAMPION, PREVIOUS, RegisteredModel, entries, registered
 from ray_jobs.registry.models import champion as look_up
 from serving.messages import Placement, base_of, label, placement_of
-from serving.schemas import APIError
+from serving.schemas import DRAWING_FAILED, APIError
 from serving.service.canary import Canary
 from serving.service.replica_client import ReplicaClient
 from serving.service.routing import Catalogue
@@ -182,6 +182,9 @@ class RegistryWatcher:
                 return None
             except APIError as error:
                 reason = error.message
+                if error.code == DRAWING_FAILED:  # says of the server what not everyone may read
+                    logger.warning("%s: %s", label(version), reason)
+                    reason = f"{label(version)} cannot be loaded; the server's log says why"
             except TimeoutError:
                 reason = f"{label(version)} is not loaded in time"
             pause_s = min(2 * refused.pause_s, LONGEST_PAUSE_S) if refused else self.config.serve.follow_s

@@ -23,7 +23,7 @@ from serving.messages import (
     base_of,
     refusal,
 )
-from serving.schemas import APIError
+from serving.schemas import DRAWING_FAILED, APIError
 
 ATTEMPTS = 3  # maximum per image: an image that keeps losing its replica may be what kills them
 WARM_UP_S = 600  # timeout for a replica to load a version, in seconds
@@ -180,9 +180,9 @@ async def _result_of(response: Any) -> Any:
 
 
 def _api_error(error: Exception) -> APIError:
-    """Return the error to send to the client for a replica's error."""
+    """Return the error to send to the client for a replica's error; for the log, if it is DRAWING_FAILED."""
     if isinstance(error, RayTaskError):
         if isinstance(error.cause, APIError):
             return error.cause
-        return APIError(500, f"image generation failed: {error.cause}", code="drawing_failed")
+        return APIError(500, f"image generation failed: {error.cause}", code=DRAWING_FAILED)
     return APIError(503, "the replica stopped while generating the image; try again", code="model_lost")

@@ -1,6 +1,7 @@
 """Two subjects in one run: the base model draws the class pictures that lack, and training preserves them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,13 @@ from PIL import ImageFilter
 from safetensors.torch import load_file
 
 from cluster.local import LocalCluster
-from ray_jobs.config import Config
+from ray_jobs.config import Config, ConfigError
 from ray_jobs.data.feeding.dataset import Dataset
-from ray_jobs.data.preparation import dry_run, prepare
+from ray_jobs.data.preparation import PREVIEW, dry_run, prepare
 from ray_jobs.data.subjects import suited_to_subjects
 from ray_jobs.evaluation.pool import evaluators
 from ray_jobs.metrics.subject import BY_HEART, CLASS_LOST, UNLIKE, VARIETY_LOST
+from ray_jobs.run.folder import RunFolder
 from ray_jobs.run.split import TEST, Split
 from ray_jobs.search import search
 from tests.conftest import captions, draw
@@ -102,14 +104,22 @@ def test_photos_that_are_blurred_or_too_small_are_named(
     draw(captions()[5], 5).resize((48, 48)).save(photos / "small.png")
     source = {"path": str(photos), "instance_prompt": SKS_CAT, "class_prompt": CAT}
     data = config.data.model_dump() | {"sources": [source]}
-    dry_run(
-        config.model_copy(
-            update={"storage": str(tmp_path / "runs"), "data": type(config.data).model_validate(data)}
-        )
+    data["cleaning"]["duplicates"] = "drop"
+    config = config.model_copy(
+        update={"storage": str(tmp_path / "runs"), "data": type(config.data).model_validate(data)}
     )
+    dry_run(config)
     out = capsys.readouterr().out
     assert "photos: small.png is smaller than data.resolution 64 and enlarged" in out
     assert "photos: soft.png is blurred, which the model learns with the subject" in out
+
+    for name in ("1", "2", "3", "soft", "small"):
+        shutil.copy(photos / "0.png", photos / f"{name}.png")
+    page = RunFolder.of(config).dataset
+    page.delete(PREVIEW)
+    with pytest.raises(ConfigError, match="1 of 6 photos are left"):
+        dry_run(config)
+    assert "duplicate" in page.read_text(PREVIEW), "which says why"
 
 
 def test_the_base_model_draws_exactly_the_class_pictures_that_are_lacking(

@@ -25,7 +25,7 @@ from ray_jobs.data.preparation import prepare
 from ray_jobs.evaluation.pool import evaluators
 from ray_jobs.publish import publish
 from ray_jobs.registry.aliases import promote
-from ray_jobs.registry.models import TEST_FEATURES
+from ray_jobs.registry.models import TEST_FEATURES, registered
 from ray_jobs.run.split import TEST, VALIDATION
 from ray_jobs.search import search
 from ray_jobs.training.checkpoint import REPORTED, SERIES, steps_of
@@ -249,7 +249,8 @@ def test_pictures_of_several_shapes_are_searched_on_and_two_versions_are_compare
     ray_cluster: LocalCluster, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With buckets every score, kept picture and page is of pictures in the shapes of the real ones. And a
-    version of the same test split is held against the champion by the error of their difference. By MIND."""
+    version of the same test split is held against the champion by the error of their difference. By MIND. And
+    what a trial trained is published: a whole model, which its own method makes."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     folder, rows = tmp_path / "pictures", []
     folder.mkdir()
@@ -267,6 +268,7 @@ def test_pictures_of_several_shapes_are_searched_on_and_two_versions_are_compare
         "data.buckets=true",
         "search.ladder=[1,2]",
         "search.rank_by=mind",
+        "search.space={train.method: [full]}",
         f"evaluate={{{evaluation}, second_network: null, memorisation_pictures: 4, prompts: {prompts}}}",
     )
     dataset = prepare(config)
@@ -285,6 +287,7 @@ def test_pictures_of_several_shapes_are_searched_on_and_two_versions_are_compare
     lowest = min(row.score for row in found.rows)
     assert winner.validation_mind == found.winner.mind
     assert found.winner.score - lowest == pytest.approx(found.winner.behind or 0.0, abs=1e-9)
+    assert [registered(config, version).method for version in ("1", "2")] == ["full"] * 2
     # Both drew the same captions: far less than either's own error may part them.
     assert second.test_mind_error and second.registry_decision
     assert paired.standard_error < second.test_mind_error / 4

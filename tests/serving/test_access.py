@@ -25,7 +25,7 @@ from starlette.background import BackgroundTask
 
 from ray_jobs.config import ServeConfig
 from serving.http.access import Access, client_of
-from serving.http.api import EventStream
+from serving.http.api import EventStream, _answer_error
 from serving.http.api_keys import KeyRing, Scope, add_key, digest
 from serving.http.asgi_exchange import context_of
 from serving.http.limits import ConcurrencyLimit
@@ -66,11 +66,10 @@ class Server:
     def application(self) -> FastAPI:
         """Draws nothing: it reads bodies, waits, streams and fails as it is told to."""
         api, events = FastAPI(), self.events
+        late_error = APIError(504, "not drawn in time", code="timeout")
+        failed = APIError(500, "image generation failed: a secret of the server", code="drawing_failed")
 
-        @api.exception_handler(APIError)
-        async def refuse(request: Request, error: APIError) -> JSONResponse:
-            context_of(request.scope).reason = error.code
-            return JSONResponse(error.body(), error.status)
+        api.add_exception_handler(APIError, _answer_error)
 
         @api.post(DRAW)
         async def draw(request: Request) -> Any:
@@ -80,12 +79,15 @@ class Server:
             context.alias, context.prompt = "champion", told.get("prompt")
             if told.get("fail") == "full":
                 raise APIError(503, "full", code="queue_full")
+            if told.get("fail") == "drawing":
+                raise failed
             if told.get("fail"):
                 raise ZeroDivisionError("a secret of the server")
             self.loop = asyncio.get_running_loop()
             events.append("began")
             if told.get("late"):
-                return await EventStream.of(too_late(), context)
+                error = failed if told["late"] == "drawing" else late_error
+                return await EventStream.of(broken(error), context)
             if told.get("stream"):
                 return StreamingResponse(parts(told["stream"], told), media_type="text/event-stream")
             try:
@@ -98,9 +100,9 @@ class Server:
             late = BackgroundTask(later, told["later"]) if "later" in told else None
             return JSONResponse({"key_id": context.key_id}, background=late)
 
-        async def too_late() -> AsyncGenerator[PartialImageEvent]:
+        async def broken(error: APIError) -> AsyncGenerator[PartialImageEvent]:
             yield PartialImageEvent(b64_json="", created_at=0, size="8x8", partial_image_index=0)
-            raise APIError(504, "not drawn in time", code="timeout")
+            raise error
 
         async def later(seconds: float) -> None:
             await asyncio.sleep(seconds)
@@ -493,8 +495,14 @@ def test_a_failure_is_answered_in_openais_shape_without_its_details(plain: Serve
     answer = plain.client.post(DRAW, headers=headers, json={"fail": "badly"})
     assert answer.status_code == 500 and "secret" not in answer.text
     assert error_of(answer)["type"] == "server_error" and answer.headers["x-request-id"] == "failing"
-    failed = next(line for line in plain.lines() if line["level"] == "error")
-    assert failed["request_id"] == "failing" and "a secret of the server" in failed["exception"]
+    for body in ({"fail": "drawing"}, {"late": "drawing"}):
+        answer = plain.client.post(DRAW, headers=headers, json=body)
+        assert "drawing_failed" in answer.text and "request id failing" in answer.text
+        assert "secret" not in answer.text
+    failures = [line for line in plain.lines() if line["level"] == "error"]
+    assert len(failures) == 3
+    for each in failures:
+        assert each["request_id"] == "failing" and "a secret of the server" in each["exception"]
 
 
 def test_a_stream_that_breaks_is_not_taken_for_a_whole_answer(server: Server) -> None:

@@ -10,6 +10,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
+import ray
 import torch
 from ray import serve
 from ray.serve.config import ProxyLocation
@@ -18,7 +19,7 @@ from ray_jobs.config import Config, ConfigError
 from ray_jobs.import_weights import imported_adapter, register_imported
 from ray_jobs.registry.models import RegisteredModel, champion
 from ray_jobs.weights.kohya import kohya_file
-from serving.command import PATIENCE, endpoint, free_port, serving_port
+from serving.command import PATIENCE, Place, endpoint, free_port, serving_port
 from serving.messages import label
 from tests.serving import plain_diffusers
 from tests.serving.conftest import served, wait_until
@@ -71,6 +72,11 @@ def test_a_second_endpoint_is_refused_and_the_first_goes_on_beside_what_joined_i
     config: Config, registered: RegisteredModel
 ) -> None:
     assert serving_port(config, 8000) is None
+    starting_too = ray.remote(num_cpus=0)(Place).options(name="endpoint", namespace="diffray").remote()
+    told = "another command is starting an endpoint on this cluster"
+    with pytest.raises(ConfigError, match=told), endpoint(config, registered, 8000):
+        pass
+    ray.kill(starting_too)  # as one that was stopped
     with served(config, registered) as url:
         for port in (free_port("127.0.0.1", 0), int(url.rpartition(":")[2])):
             told = f"this cluster has an endpoint already, at {re.escape(url)}, .*serve.delete\\('diffray'\\)"

@@ -122,6 +122,17 @@ def test_rows_share_a_call_where_their_references_have_the_same_sizes(tiny: Call
     assert torch.equal(futures[1].result(0).pixels, futures[2].result(0).pixels)
 
 
+def test_the_engine_does_not_rest_while_references_of_many_sizes_are_encoded(
+    tiny: Callable[[str], Path],
+) -> None:
+    """Each size is a call of its own, and nothing else is there to do."""
+    engine = Engine(load_pipeline(str(tiny("Flux2KleinPipeline"))))
+    sizes = looking((1, *SQUARE), (2, *WIDE), (3, 96, 64), (4, 32, 32))
+    future = engine.submit(Request("a", 0, 1, 1.0, None, *SQUARE, **sizes))
+    while not future.done():
+        assert engine.step()
+
+
 def test_edits_are_compiled_before_they_are_asked_for(tiny: Callable[[str], Path]) -> None:
     for model, expected in (
         ("Flux2KleinPipeline", [(0, 1.0), (0, 2.0), (1, 1.0), (1, 2.0), (2, 1.0), (2, 2.0)]),
@@ -301,8 +312,10 @@ def test_python_draws_from_paths_files_and_pictures(
     for first in ("first.png", Path("first.png"), FILES[0], Image.open("first.png")):
         [found] = endpoint.draw("a red star", images=[first, FILES[1]], model="base", **OWN)
         assert found.tobytes() == expected.tobytes()
-    begun = endpoint.draw("a red star", images=[FILES[1]], size="96x64", strength=0.5, n=2, **OWN)
-    assert [each.size for each in begun] == [(96, 64)] * 2
+    begun = dict(prompt="a red star", size="96x64", strength=0.5, n=2, **OWN)
+    for one in ([FILES[0]], FILES[0], "first.png", Image.open("first.png")):
+        drawn_from = endpoint.draw(images=one, **begun)
+        assert [each.size for each in drawn_from] == [(96, 64)] * 2
     with pytest.raises(FileNotFoundError, match="missing.png"):
         endpoint.draw("a red star", images=["missing.png"])
 

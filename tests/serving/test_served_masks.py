@@ -25,7 +25,7 @@ from tests.serving import plain_diffusers
 from tests.serving.page_server import page_server
 from tests.serving.test_adapters import VARIANTS, write_adapter
 from tests.serving.test_engine import TOLERANCE, drawn
-from tests.serving.test_served_edits import as_file, attentive, picture, pixels
+from tests.serving.test_served_edits import as_file, picture, pixels
 from tests.tiny_models import BY_NAME, MODELS
 
 PAINTERS = [name for name in MODELS if BY_NAME[name][0].paints_masks]
@@ -53,7 +53,7 @@ MIXED = [
 def test_every_painting_in_a_changing_batch_is_that_of_the_plain_pipeline(
     tiny: Callable[[str], Path], name: str
 ) -> None:
-    engine = Engine(attentive(load_pipeline(str(tiny(name)))), max_rows=6, num_cores=2)
+    engine = Engine(plain_diffusers.attentive(load_pipeline(str(tiny(name)))), max_rows=6, num_cores=2)
     requests = [
         (call, replace(each, height=each.height or 64, width=each.width or 64)) for call, each in MIXED
     ]
@@ -63,7 +63,7 @@ def test_every_painting_in_a_changing_batch_is_that_of_the_plain_pipeline(
         engine.step()
     engine.drain()
     pictures = [future.result(0).pixels for future in futures] + drawn(engine, requests[0][1])
-    plain = attentive(plain_diffusers.load(tiny(name)))
+    plain = plain_diffusers.attentive(plain_diffusers.load(tiny(name)))
     for (_, request), drawing in zip([*requests, requests[0]], pictures, strict=True):
         assert (drawing - plain_diffusers.draw(plain, request)).abs().max() <= TOLERANCE, request
     for other in (None, masked(1, *SQUARE, left=20), masked(2, *SQUARE)):
@@ -77,7 +77,7 @@ def test_every_painting_in_a_changing_batch_is_that_of_the_plain_pipeline(
 @pytest.fixture(scope="module")
 def model(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("attentive")
-    attentive(plain_diffusers.load(tiny(PAINTERS[0]))).save_pretrained(folder)
+    plain_diffusers.attentive(plain_diffusers.load(tiny(PAINTERS[0]))).save_pretrained(folder)
     return folder
 
 

@@ -17,6 +17,7 @@ from ray_jobs.registry.aliases import aliases_of, measured_of, promote, rollback
 from ray_jobs.registry.models import champion, entries, open_client
 from ray_jobs.registry.promotion import Measured, Result
 from ray_jobs.registry.registration import DECISION, Registered, register
+from ray_jobs.run.records import MEASURES
 from ray_jobs.versions import main
 from tests.serving.test_registry import named, weights
 
@@ -81,7 +82,7 @@ def test_the_score_that_ranked_is_kept_with_a_version_and_decides_between_two(
     kept = measured_of(
         client := open_client(config), client.get_model_version(config.publish.model_name, "1")
     )
-    assert kept == replace(
+    assert kept and replace(kept, begins_from="") == replace(
         MEASURED, fid=20.0, others={"corrected_fid": Result(14.0, 0.5, 25.0)}, test=None, **ranked
     )
     message = add(2, 10.0, others={"corrected_fid": Result(15.0, 0.5)}, **ranked).message
@@ -90,6 +91,27 @@ def test_the_score_that_ranked_is_kept_with_a_version_and_decides_between_two(
     assert message == "champion: its test corrected FID 12.00 ± 0.50 beats that of version 1, now previous"
     head, first, *_ = status(config).splitlines()
     assert "ranked by" in head and "corrected FID 12.00 ± 0.50" in first
+
+
+@pytest.mark.parametrize(("measure", "decides"), [("subject", "FID"), ("target", "distance to the target")])
+def test_a_score_that_is_relative_to_the_base_decides_only_between_versions_of_one_base(
+    config: Config, add: Any, tmp_path: Path, measure: str, decides: str
+) -> None:
+    """The distance of edits to their targets has nothing of the base, and the split must be the same."""
+    add(1, 20.0, ranked_by=measure, others={measure: Result(0.5)}, test="aa" * 32)
+    better: dict[str, Any] = {"ranked_by": measure, "others": {measure: Result(0.4)}}
+    assert f"its test {MEASURES[measure].name} 0.4" in add(2, 30.0, test="aa" * 32, **better).message
+    assert "cannot be compared" in add(3, 1.0, test="bb" * 32, **better).message
+    model = config.model.model_copy(update={"base": "another/base"})
+    found = register(
+        config.model_copy(update={"model": model}),
+        source=weights(tmp_path / "other", 9.0),
+        measured=replace(
+            MEASURED, fid=10.0, test="aa" * 32, ranked_by=measure, others={measure: Result(0.3)}
+        ),
+        params={},
+    )
+    assert f"its test {decides} " in found.message and found.aliases == ("champion",)
 
 
 def test_versions_of_one_test_split_are_compared_whatever_they_were_trained_on(

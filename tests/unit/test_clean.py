@@ -156,13 +156,20 @@ def test_what_is_referred_to_or_not_finished_is_kept(
     more.search.child("tune").write_text("tuner.pkl", "")  # interrupted on its way to a longer ladder
     clean = Cleaner(own, home, capsys)
 
+    # Its version has the number of another one of this registry.
+    apart = published(configured(storage, "apart"), [])
+    winner = Winner.read(apart.root)
+    at = {"publish.tracking_uri": "http://other:5000"}
+    (winner | {"publish_settings": winner.publish_settings | at}).write(apart.root)
+
     told = clean("--keep", "winner", "--all-runs", "--delete")
     assert (left(run, "state"), left(run, "weights")) == ([2, 3, 6], [2, 4, 6])
     assert "more: kept whole: its search has not ended" in told
     assert (left(more, "state"), left(more, "weights")) == ([2, 3, 4, 6], [2, 4, 6])
     assert "other: kept whole: not published" in told
     assert "lost: kept whole: its lost version 1 is not in the registry" in told
-    for whole in (other, lost):
+    assert "apart: kept whole: its diffray version" in told and "the registry http://other:5000" in told
+    for whole in (other, lost, apart):
         assert (left(whole, "state"), left(whole, "weights")) == ([2, 3, 4, 6], [2, 4, 6])
 
     other.search.delete("finished.json")

@@ -56,6 +56,10 @@ OFFLOADS = ["train.use_gpu=true", "train.gradient_checkpointing=true", "train.of
         ("train.epochs=3", "train.epochs and search.ladder both say how long a training lasts; remove one"),
         ("train.max_steps=3", "train.max_steps and search.ladder both say how long a training lasts"),
         ("search.space={train.epochs: [1, 2]}", "train.epochs cannot be searched"),
+        (
+            "search.space={train.loss.outside_mask: [0.0, 0.5]}",
+            "outside_mask: 0.5 changes nothing without mask_column in data.sources",
+        ),
         ("search.learning_rates=[0.1,0.1]", "repeats a value"),
         ("search.learning_rates={low: 1.0e-3}", "search.learning_rates.high"),
         ("search.learning_rates={low: 1.0e-3, high: 1.0e-4}", "low: 0.001 must be below high: 0.0001"),
@@ -121,6 +125,18 @@ OFFLOADS = ["train.use_gpu=true", "train.gradient_checkpointing=true", "train.of
         ("train.schedule_power=2", "schedule_power: 2.0 changes nothing without schedule polynomial"),
         ("train.decay_share=0.5", "decay_share: 0.5 changes nothing without schedule warmup_stable_decay"),
         ("train.schedule_end=0.5", "schedule_end: 0.5 changes nothing without schedule cosine or"),
+        (
+            "train={optimizer: lion, stages: [{steps: 2, optimizer: sgd}]}",
+            "optimizer: lion changes nothing because every stage of train.stages has its own; remove it",
+        ),
+        (
+            "train={momentum: 0.5, stages: [{steps: 2}, {steps: 2, optimizer: sgd, momentum: 0.8}]}",
+            "momentum: 0.5 changes nothing because every stage",
+        ),
+        (
+            "train={warmup_steps: 5, stages: [{steps: 2, schedule: constant}, {steps: 2, warmup_steps: 1}]}",
+            "warmup_steps: 5 changes nothing because every stage",
+        ),
         ("search.space={train.schedule_power: [1, 2]}", "train.schedule_power changes nothing without"),
         (
             "train.stages=[{steps: 9, schedule: constant, warmup_steps: 2}, {steps: 1}]",
@@ -219,6 +235,10 @@ def test_wrong_settings_name_the_field(override: str, expected: str) -> None:
         (
             ["train.method=full", "search.space={train.lora.rank: [4, 8]}"],
             "search.space.train.lora.rank changes nothing with train.method: full",
+        ),
+        (
+            ["train.stages=[{steps: 2, weight_decay: 0}]", "search.space={train.weight_decay: [0.1, 0]}"],
+            "search.space.train.weight_decay changes nothing because every stage",
         ),
         (["search.folds=2", "data.folds=2", "data.encode=stream"], "folds needs data.encode: cache"),
         (["train.prior_loss_weight=1", "data.buckets=true"], "prior_loss_weight needs data.buckets: false"),

@@ -1,5 +1,6 @@
 """What is done where a device's memory is too small, and where it is broken."""
 
+import mmap
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from ray_jobs.diffusion.memory import Chunks, device_broken, pictures_at_once
+from ray_jobs.training.monitor import memory_gib
 
 
 def holds(most: int, seen: list[int]) -> Callable[[list[int]], list[int]]:
@@ -55,6 +57,17 @@ def test_only_errors_of_the_context_break_a_device() -> None:
     assert device_broken(RuntimeError("CUDA error: an illegal memory access was encountered"))
     assert not device_broken(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
     assert not device_broken(ValueError("a prompt"))
+
+
+def test_what_a_process_shares_is_not_its_memory() -> None:
+    """As pages of Ray's object store, of which a training reads more and more."""
+    before, size = memory_gib(torch.device("cpu")), 64 << 20
+    with mmap.mmap(-1, size) as shared:  # MAP_SHARED
+        shared.write(b"1" * size)
+        between = memory_gib(torch.device("cpu"))
+        own = bytearray(b"1" * size)
+        assert between - before < 0.02 < memory_gib(torch.device("cpu")) - between
+        assert len(own) == size
 
 
 PROGRAM = """

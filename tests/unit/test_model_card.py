@@ -148,6 +148,20 @@ def test_data_and_settings_are_told() -> None:
         "ZeRO stage 2, 2 workers",
         "| precision | fp32 |",
         "| seed | 0 |",
+        "| optimizer | adamw |",
+    ):
+        assert part in text
+
+
+def test_what_an_editing_model_looked_at_is_told() -> None:
+    pairs = {"path": "pairs", "reference_columns": ["before"], "mask_column": "mask"}
+    data = {"sources": [pairs], "resolution": 64, "reference_resolution": 32}
+    stages = [{"steps": 50}, {"steps": 50, "optimizer": "lion"}]
+    text = card(config_of(data=data, train={"method": "full", "stages": stages}))
+    for part in (
+        "An image-editing model: org/model, all of its denoiser",
+        "64 pixels, each with a reference of 32; what is outside of its mask counted 0 of what is inside.",
+        "| optimizer | adamw, then lion |",
     ):
         assert part in text
 

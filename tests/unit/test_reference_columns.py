@@ -19,6 +19,7 @@ from ray_jobs.data.encoding.tensors import read_tensors
 from ray_jobs.data.feeding.streaming import DecodeBatch, EncodeBatch, unpack
 from ray_jobs.data.references import check_references, suited_to_references
 from ray_jobs.data.sources.samples import Source
+from ray_jobs.planning.checks import check_stages
 from ray_jobs.training.batch import PAINTED
 from tests.tiny_models import write as write_model
 from tests.unit.test_sources import (
@@ -40,7 +41,7 @@ def image_folder(folder: Path) -> Source:
         {"file_name": f"{n}.png", "text": f"do {n}", "before": f"b/{n}.png", "mask": f"m/{n}.png"}
         for n in range(3)
     ]
-    rows[1]["mask"] = "m/none.png"
+    del rows[1]["mask"]
     pictures: dict[str, bytes | str] = {}
     for n in range(3):
         pictures |= {
@@ -108,7 +109,7 @@ def test_references_are_scanned_with_their_rows(kind: Any, tmp_path: Path) -> No
     broken = scan_sample(
         samples(source)[0].__class__(**{**vars(samples(source)[0]), "further": (b"GIF",)}), config
     )
-    assert broken["reason"] == "incomplete"
+    assert broken["reason"] == "incomplete" and str(broken["detail"]).startswith("reference 1: ")
 
 
 def test_another_choice_of_references_is_scanned_anew(tmp_path: Path) -> None:
@@ -148,7 +149,7 @@ def test_kinds_without_references_refuse_them(kind: Any, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (image_folder, "field 'after' is missing .*reference_columns"),
+        (image_folder, "no line has a field 'after' .*reference_columns"),
         (parquet, "no column 'after' .*reference_columns"),
         (captions, "no pictures in after/, which reference_columns or mask_column names"),
     ],
@@ -175,9 +176,13 @@ def masked(folder: Path, *masks: Image.Image, **given: Any) -> list[dict[str, ob
 
 def test_a_mask_has_the_size_of_its_picture_and_something_white(tmp_path: Path) -> None:
     white, black = Image.new("L", (8, 8), 255), Image.new("L", (8, 8))
-    found = masked(tmp_path, white, black, Image.new("L", (8, 4), 255), Image.new("1", (8, 8), 1))
-    assert [row["reason"] for row in found] == ["", "empty_mask", "mask_of_another_size", ""]
+    small, bits, ones = (Image.new("L", (8, 4), 255), Image.new("1", (8, 8), 1), Image.new("L", (8, 8), 1))
+    painted = Image.new("RGBA", (8, 8), (255, 255, 255, 0))  # to be painted on
+    found = masked(tmp_path, white, black, small, bits, ones, painted, Image.new("RGBA", (8, 8), "white"))
+    reasons = ["", "empty_mask", "mask_of_another_size", "", "empty_mask", "transparent_mask", ""]
+    assert [row["reason"] for row in found] == reasons
     assert found[2]["detail"] == "the mask has 8 x 4 and the picture 8 x 8 pixels"
+    assert found[4]["detail"] == "the mask's brightest pixel has 1 of 255"
 
 
 def test_a_mask_is_cut_and_turned_as_its_picture_and_keeps_its_colours() -> None:
@@ -348,6 +353,6 @@ def test_a_model_that_takes_fewer_references_is_told_before_anything_is_reserved
     with pytest.raises(ConfigError, match="2 reference images a row, but .*FluxKontextPipeline.* at most 1"):
         check_references(edits(editor, sources=[{"path": "x", "reference_columns": ["a", "b"]}]))
     with pytest.raises(ConfigError, match="SanaPipeline.* takes none"):
-        check_references(edits(other))
+        check_stages(edits(other))  # as the plan does
     with pytest.raises(ConfigError, match="data.reference_resolution: 50 is not a multiple"):
         check_references(edits(editor, reference_resolution=50))

@@ -98,6 +98,50 @@ def test_an_edit_is_that_of_the_plain_pipeline(tiny: Callable[[str], Path], name
         assert (ours - drawn(pipeline, references[::-1])).abs().max() > 1e-3  # and their order
 
 
+@pytest.mark.parametrize("name", EDITORS)
+def test_the_loss_with_a_reference_is_that_of_the_pipelines_own_pieces(
+    tiny: Callable[[str], Path], name: str
+) -> None:
+    """Of a step of the pipeline's own edit: what its scheduler receives is the target's."""
+    pipeline, theirs = (
+        plain_diffusers.attentive(each)
+        for each in (load_pipeline(str(tiny(name))), plain_diffusers.load(tiny(name)))
+    )
+    family, steps, step = family_of(pipeline), list[tuple[Any, ...]](), theirs.scheduler.step
+
+    def recorded(output: Any, timestep: Any, sample: Any, **options: Any) -> Any:
+        steps.append((output, timestep, sample))
+        return step(output, timestep, sample, **options)
+
+    theirs.scheduler.step = recorded
+    plain_diffusers.keep_size(theirs, HEIGHT, WIDTH)
+    options: dict[str, Any] = {"num_inference_steps": 4, "height": HEIGHT, "width": WIDTH}
+    options |= family.guidance_arguments(getattr(pipeline, family.denoiser).config, 1.0)
+    options |= {"image": pillow(picture(1)), "generator": torch.Generator().manual_seed(3)}
+    theirs(prompt=PROMPT, output_type="latent", **plain_diffusers.known(theirs, options))
+    output, timestep, sample = steps[2]
+    sigma = timestep.reshape(1).float() / 1000
+
+    shape = (1, *family.codec.shape(pipeline.vae.config, HEIGHT, WIDTH))
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(3))  # the pipeline's own
+    straight = in_steps(theirs, drawn, rows=1)
+    clean = (sample - sigma * straight) / (1 - sigma)
+    expected = (output - (straight - clean)).square().flatten(1).mean(dim=1)
+
+    objective = family.schedule.objective(pipeline.scheduler.config)
+    assert isinstance(objective, FlowMatching)
+    model = FineTuning(pipeline, family, objective, LossSettings(timestep_sampling="uniform"))
+    draws = Draws(sigma / (objective.shift - (objective.shift - 1) * sigma), drawn)
+    captions = encode_prompts(pipeline, [PROMPT]) | whole_pictures(family, 1, HEIGHT, WIDTH)
+    latents = of_steps(theirs, clean, drawn.shape)
+    with torch.no_grad():
+        looked_at = {reference(0): encode_references(pipeline, picture(1)[None])}
+        loss = model(latents, captions | looked_at, draws)
+        without = model(latents, captions, draws)
+    assert torch.allclose(loss, expected, rtol=1e-4)
+    assert not torch.allclose(loss, without, rtol=1e-3)
+
+
 @pytest.mark.parametrize("name", PAINTERS)
 def test_what_is_painted_into_a_mask_is_that_of_the_plain_pipeline(
     tiny: Callable[[str], Path], name: str
@@ -142,47 +186,3 @@ def test_what_is_painted_into_a_mask_is_that_of_the_plain_pipeline(
         assert (ours[number] - 255 * expected).abs().max() < 0.5 + 255e-4
     assert (ours - drawn(None)).abs().max() > 1, "the picture and its mask matter"
     assert (ours - drawn([masked[0], masked[0], masked[2]]))[1].abs().max() > 1
-
-
-@pytest.mark.parametrize("name", EDITORS)
-def test_the_loss_with_a_reference_is_that_of_the_pipelines_own_pieces(
-    tiny: Callable[[str], Path], name: str
-) -> None:
-    """Of a step of the pipeline's own edit: what its scheduler receives is the target's."""
-    pipeline, theirs = (
-        plain_diffusers.attentive(each)
-        for each in (load_pipeline(str(tiny(name))), plain_diffusers.load(tiny(name)))
-    )
-    family, steps, step = family_of(pipeline), list[tuple[Any, ...]](), theirs.scheduler.step
-
-    def recorded(output: Any, timestep: Any, sample: Any, **options: Any) -> Any:
-        steps.append((output, timestep, sample))
-        return step(output, timestep, sample, **options)
-
-    theirs.scheduler.step = recorded
-    plain_diffusers.keep_size(theirs, HEIGHT, WIDTH)
-    options: dict[str, Any] = {"num_inference_steps": 4, "height": HEIGHT, "width": WIDTH}
-    options |= family.guidance_arguments(getattr(pipeline, family.denoiser).config, 1.0)
-    options |= {"image": pillow(picture(1)), "generator": torch.Generator().manual_seed(3)}
-    theirs(prompt=PROMPT, output_type="latent", **plain_diffusers.known(theirs, options))
-    output, timestep, sample = steps[2]
-    sigma = timestep.reshape(1).float() / 1000
-
-    shape = (1, *family.codec.shape(pipeline.vae.config, HEIGHT, WIDTH))
-    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(3))  # the pipeline's own
-    straight = in_steps(theirs, drawn, rows=1)
-    clean = (sample - sigma * straight) / (1 - sigma)
-    expected = (output - (straight - clean)).square().flatten(1).mean(dim=1)
-
-    objective = family.schedule.objective(pipeline.scheduler.config)
-    assert isinstance(objective, FlowMatching)
-    model = FineTuning(pipeline, family, objective, LossSettings(timestep_sampling="uniform"))
-    draws = Draws(sigma / (objective.shift - (objective.shift - 1) * sigma), drawn)
-    captions = encode_prompts(pipeline, [PROMPT]) | whole_pictures(family, 1, HEIGHT, WIDTH)
-    latents = of_steps(theirs, clean, drawn.shape)
-    with torch.no_grad():
-        looked_at = {reference(0): encode_references(pipeline, picture(1)[None])}
-        loss = model(latents, captions | looked_at, draws)
-        without = model(latents, captions, draws)
-    assert torch.allclose(loss, expected, rtol=1e-4)
-    assert not torch.allclose(loss, without, rtol=1e-3)

@@ -3,6 +3,7 @@
 import io
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from statistics import fmean
 from typing import Any
@@ -682,6 +683,18 @@ def test_the_strip_shows_each_caption_at_the_base_and_every_rung_with_the_winner
     assert len({attrs["src"] for attrs in pictures if "a red apple: " in (attrs["alt"] or "")}) == 5
     marked = [tag for tag, attrs in page.tags if attrs.get("class") == "winner"]
     assert marked == ["th", "td", "td"]
+
+
+def test_the_strip_of_edits_begins_with_what_is_edited() -> None:
+    before = Image.new("RGB", (64, 64), (0, 0, 255))
+    rungs = replace(strip("80", winner="80"), references=[[before], [before]])
+    page = Page(report(strip=rungs))
+    alternatives = [attrs["alt"] for tag, attrs in page.tags if tag == "img"]
+    assert [each for each in alternatives if (each or "").startswith("a pear: ")][-3:] == [
+        "a pear: before",
+        "a pear: base",
+        "a pear: ★ 80",
+    ]
 
 
 def test_without_samples_of_the_rungs_there_is_no_strip() -> None:

@@ -357,6 +357,26 @@ def test_uploads_are_pictures_or_captions_and_never_replace_another_file(
     assert (home / "photos" / "new" / "linkless.png").read_bytes() == png(2)
     os.symlink("/etc", home / "photos" / "out")
     assert "the page reads" in refused(site.get("/folders", params={"path": "photos/out"}))[0]
+    listed = [
+        {"file_name": "a;b.png", "text": "c;d.png"},
+        {"file_name": "in/é;.png"},
+        {"file_name": "in/x.png"},
+    ]
+    (home / "photos" / "new" / "in").mkdir()
+    (home / "photos" / "new" / "in" / "x.png").write_bytes(png())
+    for _ in range(2):  # the same list again
+        assert (
+            put("metadata.jsonl", "\n".join(map(json.dumps, [*listed, "no row"])).encode()).status_code == 200
+        )
+    lines = map(json.loads, (home / "photos" / "new" / "metadata.jsonl").read_text().splitlines())
+    assert list(lines) == [
+        {**listed[0], "file_name": "a_b.png"},
+        {"file_name": "é_.png"},
+        listed[2],
+        "no row",
+    ]
+    put("metadata.csv", b'file_name,text\n"a;b.png","a, b"\n')
+    assert (home / "photos" / "new" / "metadata.csv").read_text() == 'file_name,text\na_b.png,"a, b"\n'
     assert safe_name("cafe\u0301.png") == "café.png"
     assert safe_name("-rf .png") == "rf .png" and safe_name("é" * 200 + ".png").endswith("é.png")
 

@@ -28,6 +28,7 @@ RayRow = dict[str, Any]  # of Ray Data, by column: values of Arrow, or any objec
 
 VERSION = 4  # version of the measures; a change scans anew
 FILES_AT_ONCE = 16  # index files read in parallel
+MASK_BRIGHT = 128  # of 255: masks that are nowhere as bright hold numbers of classes, as 0 and 1, or colours
 SCHEMA = pa.schema(
     [
         ("row", pa.int32()),
@@ -65,7 +66,7 @@ class Entry:
 def entries(sources: Sequence[Source], config: DataConfig) -> list[Entry]:
     """List all pieces in source order, with the names of their index files."""
     settings = [VERSION, config.cleaning.max_pixels, config.background, config.column]
-    settings += ["masks"] if config.has_masks else []
+    settings += ["masks", MASK_BRIGHT] if config.has_masks else []
     scanned = [json.dumps([*settings, vars(source.captions), *source.further_columns]) for source in sources]
     return [
         Entry(
@@ -136,9 +137,10 @@ def scan_sample(sample: Sample, config: DataConfig) -> dict[str, object]:
             at_least=FIRST_LOOK_SIDE,
         )
         row |= vars(measure(picture))
-        for data in sample.further:
-            further = _further(data, config)
-            if config.has_masks and data is sample.further[-1]:
+        for number, data in enumerate(sample.further, 1):
+            is_mask = config.has_masks and number == len(sample.further)
+            further = _further("mask" if is_mask else f"reference {number}", data, config)
+            if is_mask:
                 _check_mask(further, picture)
         row["further"] = [content_digest(data) for data in sample.further]
     except Rejected as rejected:
@@ -146,8 +148,8 @@ def scan_sample(sample: Sample, config: DataConfig) -> dict[str, object]:
     return row
 
 
-def _further(data: bytes, config: DataConfig) -> Picture:
-    """Read a reference picture or a mask."""
+def _further(role: str, data: bytes, config: DataConfig) -> Picture:
+    """Read a reference picture or a mask, named by its role."""
     try:
         return read_picture(
             data,
@@ -156,17 +158,19 @@ def _further(data: bytes, config: DataConfig) -> Picture:
             at_least=FIRST_LOOK_SIDE,
         )
     except Rejected as rejected:
-        raise Rejected("incomplete", f"{rejected.reason}: {rejected.detail}") from None
+        raise Rejected("incomplete", f"{role}: {rejected.reason}: {rejected.detail}") from None
 
 
 def _check_mask(mask: Picture, picture: Picture) -> None:
-    """Raise Rejected if a mask does not belong to its picture, or is black."""
+    """Raise Rejected if a mask does not belong to its picture, is transparent, or is dark."""
     sizes = [(each.width, each.height) for each in (mask, picture)]
     if sizes[0] != sizes[1]:
         told = " and the picture ".join(f"{width} x {height}" for width, height in sizes)
         raise Rejected("mask_of_another_size", f"the mask has {told} pixels")
-    if mask.image.convert("L").getextrema()[1] == 0:
-        raise Rejected("empty_mask", "the mask is black, so that nothing of the picture would be learned")
+    if mask.is_transparent:  # white where one paints on nothing, and black where one erases
+        raise Rejected("transparent_mask", "the mask has transparent pixels, neither white nor black")
+    if (brightest := int(np.asarray(mask.image.convert("L")).max())) < MASK_BRIGHT:
+        raise Rejected("empty_mask", f"the mask's brightest pixel has {brightest} of 255")
 
 
 def _parquet(rows: Iterable[dict[str, object]]) -> bytes:

@@ -33,13 +33,10 @@ def count(config: Config, index: Storage, files: Sequence[str], kept: "np.ndarra
         files: files of the index.
         kept: bool, whether each of their rows is kept.
     """
-    from ray_jobs.diffusion.families import family_of
-    from ray_jobs.weights.loading import load_tokenizers
-    from ray_jobs.weights.loading import read_index as model_index
+    from ray_jobs.weights.loading import load_text
 
-    base, revision = local_path(config.model.base), config.model.revision
-    text = family_of(model_index(base, revision)["_class_name"]).text
-    tokenizers, row, cut = load_tokenizers(base, revision=revision), 0, 0
+    text, tokenizers = load_text(local_path(config.model.base), revision=config.model.revision)
+    row = cut = 0
     for table in read_index(index, files, ["text"]):
         captions = [text for text, keep in zip(table["text"].to_pylist(), kept[row:], strict=False) if keep]
         row += len(table)

@@ -74,12 +74,9 @@ def training_advice(train: TrainConfig, search: SearchConfig, subject: Subject) 
 
 
 def _first_tokenizer(config: Config) -> "Tokenizer":
-    from ray_jobs.diffusion.families import family_of
-    from ray_jobs.weights.loading import load_tokenizers, read_index
+    from ray_jobs.weights.loading import load_text
 
-    base, revision = local_path(config.model.base), config.model.revision
-    text = family_of(read_index(base, revision)["_class_name"]).text
-    tokenizers = load_tokenizers(base, revision=revision)
+    text, tokenizers = load_text(local_path(config.model.base), revision=config.model.revision)
     found = (text.tokenizer_of(tokenizers, name) for name in text.tokens)
     return next(each for each in found if each is not None)
 

@@ -82,7 +82,8 @@ def _rows(
     listing: Listing, file: str, config: SourceConfig, stratify: str | None, optional: bool
 ) -> Iterator[Row]:
     where, folder = f"{listing.name}/{file}", posixpath.dirname(file)
-    caption = config.caption_column
+    caption, never = config.caption_column, list(config.further_columns)
+    fields: Fields = {}
     for number, fields in _lines(listing, file, where):
         if optional and config.caption_column is None:
             caption = caption_column(fields)
@@ -93,6 +94,7 @@ def _rows(
         line = f"{where}: line {number}"
         row = _row(line, fields, columns, stratify)
         named = _further(line, fields, config.further_columns)
+        never = [column for column in never if column not in fields]
         row = row._replace(
             further=named, is_utf8=row.is_utf8 and all(name == legible(name) for name in named)
         )
@@ -100,6 +102,13 @@ def _rows(
             inside = tuple(f"{folder}/{name}" if name else "" for name in named)
             row = row._replace(file_name=f"{folder}/{row.file_name}", further=inside)
         yield row
+    if never and fields:
+        raise ConfigError(
+            legible(
+                f"{where}: no line has a field {never[0]!r} (the last has {', '.join(fields)}); correct the "
+                "source's reference_columns or mask_column"
+            )
+        )
 
 
 Fields = dict[str, Any]  # of one line, by name
@@ -159,14 +168,7 @@ def _further(where: str, fields: Fields, columns: Sequence[str]) -> tuple[str, .
     """Return the files of a line's further pictures, "" where one is missing."""
     found = []
     for column in columns:
-        if column not in fields:
-            raise ConfigError(
-                legible(
-                    f"{where}: field {column!r} is missing (found: {', '.join(fields)}); correct "
-                    "the source's reference_columns or mask_column"
-                )
-            )
-        name = fields[column]
+        name = fields.get(column)
         if name is not None and not isinstance(name, str):
             raise ConfigError(f"{where}: field {column!r} must be a file name, not {name!r}")
         found.append(name or "")
