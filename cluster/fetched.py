@@ -96,7 +96,9 @@ def cache_folder() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     except OSError:  # a container whose home is read-only
-        return Path(tempfile.gettempdir()) / "diffray-cache"
+        folder = Path(tempfile.gettempdir()) / "diffray-cache"
+        folder.mkdir(exist_ok=True)
+        return folder
 
 
 @contextmanager
