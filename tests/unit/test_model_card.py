@@ -167,7 +167,7 @@ def test_what_an_editing_model_looked_at_is_told() -> None:
         assert part in text
     painting = card(base=PublishedBase(paints_masks=True))
     assert "for the image-editing model org/model" in painting and "\n    mask_image=mask,\n" in painting
-    assert ModelCard(painting).data.pipeline_tag == "image-to-image"
+    assert ModelCard(painting).data.to_dict()["pipeline_tag"] == "image-to-image"
 
 
 def test_an_adapter_that_is_drawn_with_a_scheduler_of_its_own_says_so() -> None:
