@@ -86,7 +86,7 @@ def model_card(
     parts = [
         f"---\n{write_yaml(_front_matter(config, base, pictures))}---",
         f"# {_text(config.name)}",
-        _introduction(config, winner),
+        _introduction(config, base, winner),
         *(_pictures(pictures, manifest) if pictures else ()),
         *_use(config, base, usage(config, base, prompt, guidance, scheduler)),
         *_scores(config, winner, manifest),
@@ -126,17 +126,17 @@ def _front_matter(
     return found
 
 
-def _introduction(config: Config, winner: Winner) -> str:
+def _introduction(config: Config, base: PublishedBase, winner: Winner) -> str:
     begun = {field: portable(name) for field, name in winner.begins_from.items()}
-    base = _text(begun.get("base") or portable(config.model.base))
-    lora, edits = config.train.lora, config.data.num_references > 0
+    name, lora = _text(begun.get("base") or portable(config.model.base)), config.train.lora
+    edits = base.references or base.paints_masks
     article, does = ("An", "image-editing") if edits else ("A", "text-to-image")
     if config.train.makes_adapter:
         form = "rank" if lora.kind == "lora" else f"trained as {KINDS[lora.kind]} of rank"
-        kind = f"LoRA weights ({form} {lora.rank}) for the {does} model {base}"
+        kind = f"LoRA weights ({form} {lora.rank}) for the {does} model {name}"
     else:
         how = "all of its denoiser fine-tuned" if config.train.method == "full" else _rotated(lora)
-        kind = f"{article} {does} model: {base}, {how}"
+        kind = f"{article} {does} model: {name}, {how}"
     told = f" {_text(beginning(begun))}" if begun else ""
     return f"{kind}, in diffusers' format.{told} {_text(headline(winner))}"
 

@@ -19,6 +19,7 @@ from cluster.shape import embedded
 from ray_jobs.config import Config
 from ray_jobs.pipeline import pipeline
 from ray_jobs.planning.plan import plan
+from ray_jobs.planning.settled import settled
 from ray_jobs.registry.models import RegisteredModel, registered
 from serving.client import call
 from serving.command import endpoint
@@ -108,6 +109,7 @@ def walk(journey: Journey, config: Config, port: int) -> None:
     page, fits = plan(config, embedded(config.local), None)
     assert fits, page
     pipeline(config, Namespace(fresh=False))
+    config = settled(config)
     run = Path(config.storage) / config.name
     manifest = json.loads((run / "dataset" / "manifest.json").read_text())
     assert sum(manifest[split] for split in ("train", "validation", "test")) == journey.pictures

@@ -157,13 +157,17 @@ def test_what_an_editing_model_looked_at_is_told() -> None:
     pairs = {"path": "pairs", "reference_columns": ["before"], "mask_column": "mask"}
     data = {"sources": [pairs], "resolution": 64, "reference_resolution": 32}
     stages = [{"steps": 50}, {"steps": 50, "optimizer": "lion"}]
-    text = card(config_of(data=data, train={"method": "full", "stages": stages}))
+    config = config_of(data=data, train={"method": "full", "stages": stages})
+    text = card(config, base=PublishedBase(references=("before",)))
     for part in (
         "An image-editing model: org/model, all of its denoiser",
         "64 pixels, each with a reference of 32; what is outside of its mask counted 0 of what is inside.",
         "| optimizer | adamw, then lion |",
     ):
         assert part in text
+    painting = card(base=PublishedBase(paints_masks=True))
+    assert "for the image-editing model org/model" in painting and "\n    mask_image=mask,\n" in painting
+    assert ModelCard(painting).data.to_dict()["pipeline_tag"] == "image-to-image"
 
 
 def test_an_adapter_that_is_drawn_with_a_scheduler_of_its_own_says_so() -> None:
