@@ -25,6 +25,7 @@ from ray_jobs.run.folder import (
     REGISTRY,
     SEARCH,
     TRAININGS,
+    RunFolder,
     SharedFolder,
 )
 from ray_jobs.run.manifest import MANIFEST, Manifest
@@ -144,7 +145,7 @@ def needed_by(config: Config, others: Iterable[Config] = ()) -> str:
         ConfigError: the registry cannot be reached, or a run's configuration is damaged.
     """
     root = SharedFolder.of(config).root
-    below = canonical(root.child(config.name).uri)
+    below = canonical(RunFolder.of(config).root.uri)
     texts = {f"run {name}": _texts(root.child(name)) for name in run_names(root) if name != config.name}
     texts |= {f"run {each.name}": _strings(each.model_dump(mode="json")) for each in others}
     texts |= {f"{name} version {version}": uris for (name, version), uris in sources(config).items()}

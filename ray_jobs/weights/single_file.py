@@ -13,7 +13,7 @@ from ray_jobs.weights.model_files import UNUSED, model_folder
 from ray_jobs.weights.model_index import NEVER_LOADED, model_index, write_index
 from ray_jobs.weights.saving import copy_parts, save_part
 
-_OTHER_COMPONENTS = ("first_stage_model.", "vae.", "cond_stage_model.", "conditioner.", "text_encoder")
+_OTHER_COMPONENTS = ("first_stage_model.", "vae.", "cond_stage_model.", "conditioner.", "text_enc")
 _PREFIX = re.compile(r"^(model\.)?diffusion_model\.")  # ComfyUI's
 _UNUSED_TENSORS = ("norm_final.weight",)  # of the first publications of Lumina 2 and Z-Image
 
@@ -49,7 +49,7 @@ def read_single_file(file: Path, base: str, folder: Path, revision: str | None =
     """Write a checkpoint in one file as a model in diffusers' format.
 
     Args:
-        file: safetensors: of a whole model, or of a transformer alone.
+        file: safetensors: of a whole model, or of a denoiser alone.
         base: folder or hub name of a model of the same layers, for configurations, tokenizers and scheduler.
             Components that the file does not have are taken from it.
         folder: the new one.
@@ -111,7 +111,7 @@ def _read_whole(file: Path, source: Path, family: Family, dtype: torch.dtype) ->
 
 
 def _read_denoiser(file: Path, source: Path, family: Family, dtype: torch.dtype) -> dict[str, Any]:
-    """Return a transformer alone in one file, by its name."""
+    """Return a denoiser alone in one file, by its name."""
     from safetensors.torch import load_file
 
     name = family.denoiser
