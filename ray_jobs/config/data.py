@@ -1,5 +1,6 @@
 """Where the pictures are and how they are cleaned, augmented, split and encoded."""
 
+from collections import Counter
 from typing import Annotated, ClassVar, Literal
 
 from PIL import ImageColor
@@ -66,6 +67,15 @@ class SourceConfig(Section):
     def further_columns(self) -> list[str]:
         """Columns of the pictures that a row has beside its own: references, and last the mask."""
         return [*self.reference_columns, *([self.mask_column] if self.mask_column else [])]
+
+    @model_validator(mode="after")
+    def _columns_differ(self) -> "SourceConfig":
+        if twice := [name for name, count in Counter(self.further_columns).items() if count > 1]:
+            raise ValueError(
+                f"reference_columns, mask_column: {twice[0]} is named twice; every reference and the "
+                "mask have a column of their own"
+            )
+        return self
 
 
 class CleaningConfig(Section):

@@ -331,6 +331,13 @@ def test_settings_suit_references_unless_given(tmp_path: Path) -> None:
         suited_to_references(Config.model_validate(plain))
     with pytest.raises(ValueError, match="name as many reference_columns in each"):
         edits(tmp_path, sources=[{"path": "x", "reference_columns": ["before"]}, {"path": "y"}])
+    twice: tuple[dict[str, Any], ...] = (
+        {"reference_columns": ["a", "a"]},
+        {"reference_columns": ["a"], "mask_column": "a"},
+    )
+    for columns in twice:
+        with pytest.raises(ValueError, match="reference_columns, mask_column: a is named twice"):
+            edits(tmp_path, sources=[{"path": "x", **columns}])
     with pytest.raises(
         ValueError, match="reference_resolution: 32 changes nothing without reference_columns"
     ):
