@@ -1,24 +1,11 @@
 """Reference pictures and masks to paint into, and what follows from them for the other settings."""
 
-from typing import TYPE_CHECKING
-
 from cluster.fetched import local_path
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.console import say
-from ray_jobs.data.encoding.shapes import reference_sizes
+from ray_jobs.data.encoding.shapes import painter, reference_sizes
 from ray_jobs.run.records import TARGET
 from ray_jobs.weights.model_files import family_in
-
-if TYPE_CHECKING:
-    from ray_jobs.diffusion.families import Family
-
-
-def painter(config: Config) -> "Family | None":
-    """Return the model's family if it paints into the masks of the rows, else None."""
-    if not config.data.has_masks:
-        return None
-    family = family_in(local_path(config.model.base), revision=config.model.revision)
-    return family if family.paints_masks else None
 
 
 def num_before(config: Config) -> int:

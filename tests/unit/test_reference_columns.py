@@ -121,7 +121,7 @@ def test_another_choice_of_references_is_scanned_anew(tmp_path: Path) -> None:
     assert len({plain, one, other, entries([first], DataConfig(source="x"))[0].file}) == 4
 
 
-def test_a_row_with_another_reference_is_encoded_anew() -> None:
+def test_a_row_with_another_reference_is_encoded_anew(tmp_path: Path) -> None:
     config = Config.model_validate(
         {
             "name": "x",
@@ -135,6 +135,18 @@ def test_a_row_with_another_reference_is_encoded_anew() -> None:
         keys.key("a", "text", (8, 8), 0, "train", False, references) for references in (("b",), ("c",), ())
     )
     assert len({one, other, none}) == 3
+    kontext, fill = (write_model(f"Flux{name}Pipeline", tmp_path / name) for name in ("Kontext", "Fill"))
+    # Of one picture a reference and a mask store other columns, and so do models with the same encoders.
+    kinds = [
+        edits(base, sources=[{"path": "x", **column}])
+        for base, column in (
+            (kontext, {"reference_columns": ["b"]}),
+            (kontext, {"mask_column": "b"}),
+            (fill, {"mask_column": "b"}),
+        )
+    ]
+    found = {RowKeys(each).key("a", "text", (8, 8), 0, "train", False, ("b",)) for each in kinds}
+    assert len(found | {one}) == 4
     assert none == keys.key("a", "text", (8, 8), 0, "train", False)
 
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NotRequired, TypedDict
 
 import numpy as np
@@ -19,6 +20,7 @@ from ray_jobs.data.curation.decisions import Decisions
 from ray_jobs.data.curation.scan import Entry, read_index
 from ray_jobs.data.curation.splits import Shares, is_floor_candidate
 from ray_jobs.data.encoding.geometry import Size, nearest_bucket
+from ray_jobs.data.encoding.shapes import painter
 
 ROWS_A_CHUNK = 2048
 MAX_ROWS_A_PART = 128
@@ -202,6 +204,13 @@ class RowKeys:
         self.augmentation, self.seed = settings.pop("augmentation"), config.seed
         self.is_augmented = config.data.augmentation.is_active
         self.settings = list(settings.values())
+        self.config = config
+
+    @cached_property
+    def _stored(self) -> list[object]:
+        """What is stored of further pictures: models with the same encoders share the cache."""
+        data = self.config.data
+        return [data.num_references, data.has_masks, painter(self.config) is not None]
 
     def key(
         self,
@@ -215,6 +224,7 @@ class RowKeys:
     ) -> bytes:
         """Return the key of a row of a split."""
         depends: list[object] = [VERSION, digest, text, bucket, *self.settings, shown, *further]
+        depends += self._stored if further else []
         if split == "train" and self.is_augmented:
             depends += [self.seed, variant, self.augmentation]
         return hashlib.sha256(json.dumps(depends).encode()).digest()[:16]

@@ -1,9 +1,14 @@
 """Crop shapes of pictures, checked against the model."""
 
+from typing import TYPE_CHECKING
+
 from cluster.fetched import local_path
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.data.encoding.geometry import Size, bucket_shapes, nearest_bucket
-from ray_jobs.weights.model_files import latent_shapes, max_area, max_side, size_multiple
+from ray_jobs.weights.model_files import family_in, latent_shapes, max_area, max_side, size_multiple
+
+if TYPE_CHECKING:
+    from ray_jobs.diffusion.families import Family
 
 
 def picture_shapes(config: Config) -> list[Size]:
@@ -37,6 +42,14 @@ def picture_shapes(config: Config) -> list[Size]:
             "lower it, or turn off data.buckets"
         )
     return shapes
+
+
+def painter(config: Config) -> "Family | None":
+    """Return the model's family if it paints into the masks of the rows, else None."""
+    if not config.data.has_masks:
+        return None
+    family = family_in(local_path(config.model.base), revision=config.model.revision)
+    return family if family.paints_masks else None
 
 
 def reference_sizes(config: Config) -> dict[Size, Size] | None:
