@@ -160,7 +160,7 @@ def test_shadows_are_stored_with_the_champions_picture_and_never_answered(url: s
 
     wait_until(lambda: stored() >= 2)
     folder = Path(followed.storage) / "following" / "shadow"
-    pair = next(iter(sorted(folder.iterdir())))
+    pair = next(each for each in sorted(folder.iterdir()) if each.is_dir())
     parameters = json.loads((pair / "parameters.json").read_text())
     assert (parameters["champion"], parameters["candidate"]) == ("followed@2", "followed@3")
     assert parameters["prompt"] == "a red apple"
