@@ -126,7 +126,6 @@ class EvaluatorPool:
         # Of each restored picture by its digest, by how often it was restored and which networks saw it.
         self._restored_features: dict[tuple[int, NetworkSet], dict[bytes, Features]] = {}
         self._subjects: dict[Split, SubjectReference] = {}
-        self._edited_by_prompts: tuple[ObjectRef[References], int] | None = None
         # By weights, of the base and those drawn last.
         self._known_features: dict[str | None, dict[tuple[object, ...], list[ObjectRef[Features]]]] = {}
 
@@ -723,19 +722,20 @@ class EvaluatorPool:
 
     def floor(self, split: Split) -> Scores:
         """Score real training pictures: as many as `score` generates, or as many as prepare kept."""
-        import ray
 
-        found = self.training_features(split, self._num_samples(split))
-        scores: Scores = ray.get(self.actors[0].score.remote(self._real[split], None, None, found))
-        return replace(scores, target=None)  # they are no edits of the split's references
+        return self._score_of_real(split, self.training_features(split, self._num_samples(split)))
 
     def reachable_floor(self, split: Split) -> Scores:
         """Score the same training pictures as the base's autoencoder restores them: the best to hope for."""
+
+        return self._score_of_real(split, self.restored_features(split, self._num_samples(split)))
+
+    def _score_of_real(self, split: Split, found: Features) -> Scores:
+        """Score features of real training pictures, which are no edits of a split's references."""
         import ray
 
-        found = self.restored_features(split, self._num_samples(split))
         scores: Scores = ray.get(self.actors[0].score.remote(self._real[split], None, None, found))
-        return replace(scores, target=None)  # they are no edits of the split's references
+        return replace(scores, target=None)
 
     def real_against_real(self, split: Split) -> list[Measurement]:
         """Precision and recall of the pictures that `floor` scores."""
@@ -816,13 +816,12 @@ class EvaluatorPool:
         """Return what own prompts edit: the first square pictures that rungs are measured on, in turn."""
         if not self.dataset.manifest.references:
             return None, []
-        if self._edited_by_prompts is None:
-            split, side = splits(self.config)[0], self.config.data.resolution
-            rows = self.dataset.judged_by(split).pictures(split.name, self.config.evaluate.num_samples)
-            square = [row for row in rows if shape_of(row["image"]) == (side, side)]
-            self._edited_by_prompts = _shared(square or rows), len(square or rows)
-        references, count = self._edited_by_prompts
-        return references, [number % count for number in numbers]
+        split, side = splits(self.config)[0], self.config.data.resolution
+        self.load(split)
+        shapes = self.shapes[split]
+        places = [place for place, shape in enumerate(shapes) if shape == (side, side)]
+        places = places or list(range(len(shapes)))
+        return self.references[split], [places[number % len(places)] for number in numbers]
 
     def edited_by_prompts(self) -> list[list[bytes]]:
         """PNGs of the reference pictures of each of `evaluate.prompts`; none without references."""

@@ -33,6 +33,7 @@ BRANDS_END = 256  # bytes at the beginning of a file that are searched for brand
 PREVIEW = 1  # bit of TIFF's NewSubfileType
 DNG_VERSION = 50706  # tag of a raw image in a TIFF
 MAX_PIXELS = 100_000_000
+WHITE = 128  # of 255: pixels of a mask that are as bright count as white
 
 # Pillow warns above a process-wide limit on pixels, and raises above twice that. Setting it per image would
 # race between threads, so it is turned off once, and `read_picture` checks the size in the header instead.

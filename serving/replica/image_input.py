@@ -92,9 +92,9 @@ def read_masked(
         method = Image.Resampling.BICUBIC
         parts = [ImageOps.fit(each, (size[1], size[0]), method) for each in (picture, painted)]
     colours, hole = (array(part) for part in parts)
-    if hole.max() <= 127:
+    if hole.max() < reading.WHITE:
         raise _invalid("no pixel is transparent; make those transparent that are to be painted", "mask")
-    return torch.from_numpy(dstack([colours, 255 * (hole <= 127).astype(hole.dtype)]))
+    return torch.from_numpy(dstack([colours, 255 * (hole < reading.WHITE).astype(hole.dtype)]))
 
 
 def _fitted(picture: "Image.Image", which: str, multiple: int, max_side: int) -> "Image.Image":

@@ -123,6 +123,18 @@ def keep_size(pipeline: Any, height: int, width: int) -> None:
         pipeline.default_sample_size = (height * width) ** 0.5 / pipeline.vae_scale_factor * (1 + 1e-9)
 
 
+def recorded_steps(pipeline: Any) -> list[tuple[Any, ...]]:
+    """Return a list that fills with what the scheduler's steps receive: output, timestep and sample."""
+    steps, step = list[tuple[Any, ...]](), pipeline.scheduler.step
+
+    def recorded(output: Any, timestep: Any, sample: Any, **options: Any) -> Any:
+        steps.append((output, timestep, sample))
+        return step(output, timestep, sample, **options)
+
+    pipeline.scheduler.step = recorded
+    return steps
+
+
 def draw(pipeline: Any, request: Request) -> torch.Tensor:
     """The request's picture: float32, height x width x 3, from 0 to 255."""
     family = family_of(pipeline)

@@ -200,13 +200,7 @@ def _from_diffusers(theirs: Any, family: Any, latents: torch.Tensor) -> torch.Te
 def test_the_loss_is_that_of_the_pipelines_own_pieces(tiny: Callable[[str], Path], name: str) -> None:
     """Of a step of the pipeline: what its scheduler receives is the target's."""
     pipeline, theirs = load_pipeline(str(tiny(name))), plain_diffusers.load(tiny(name))
-    family, steps, step = family_of(pipeline), list[tuple[Any, ...]](), theirs.scheduler.step
-
-    def recorded(output: Any, timestep: Any, sample: Any, **options: Any) -> Any:
-        steps.append((output, timestep, sample))
-        return step(output, timestep, sample, **options)
-
-    theirs.scheduler.step = recorded
+    family, steps = family_of(pipeline), plain_diffusers.recorded_steps(theirs)
     plain_diffusers.keep_size(theirs, HEIGHT, WIDTH)
     options: dict[str, Any] = {"num_inference_steps": 4, "height": HEIGHT, "width": WIDTH}
     options |= family.guidance_arguments(getattr(pipeline, family.denoiser).config, 1.0)

@@ -22,13 +22,12 @@ from ray_jobs.data.curation.cleaning import FIRST_LOOK_SIDE, measure
 from ray_jobs.data.curation.duplicates import Pictures
 from ray_jobs.data.curation.splits import content_digest
 from ray_jobs.data.sources.detection import Piece, Sample, Source
-from ray_jobs.pictures.reading import Picture, Rejected, read_picture
+from ray_jobs.pictures.reading import WHITE, Picture, Rejected, read_picture
 
 RayRow = dict[str, Any]  # of Ray Data, by column: values of Arrow, or any object
 
 VERSION = 4  # version of the measures; a change scans anew
 FILES_AT_ONCE = 16  # index files read in parallel
-MASK_BRIGHT = 128  # of 255: masks that are nowhere as bright hold numbers of classes, as 0 and 1, or colours
 SCHEMA = pa.schema(
     [
         ("row", pa.int32()),
@@ -66,7 +65,7 @@ class Entry:
 def entries(sources: Sequence[Source], config: DataConfig) -> list[Entry]:
     """List all pieces in source order, with the names of their index files."""
     settings = [VERSION, config.cleaning.max_pixels, config.background, config.column]
-    settings += ["masks", MASK_BRIGHT] if config.has_masks else []
+    settings += ["masks", WHITE] if config.has_masks else []
     scanned = [json.dumps([*settings, vars(source.captions), *source.further_columns]) for source in sources]
     return [
         Entry(
@@ -130,12 +129,7 @@ def scan_sample(sample: Sample, config: DataConfig) -> dict[str, object]:
         if sample.problem:
             raise sample.problem
         row["digest"] = content_digest(sample.data)
-        picture = read_picture(
-            sample.data,
-            background=config.background,
-            max_pixels=config.cleaning.max_pixels,
-            at_least=FIRST_LOOK_SIDE,
-        )
+        picture = _first_look(sample.data, config)
         row |= vars(measure(picture))
         for number, data in enumerate(sample.further, 1):
             is_mask = config.has_masks and number == len(sample.further)
@@ -148,15 +142,20 @@ def scan_sample(sample: Sample, config: DataConfig) -> dict[str, object]:
     return row
 
 
+def _first_look(data: bytes, config: DataConfig) -> Picture:
+    """Read a picture that is only measured."""
+    return read_picture(
+        data,
+        background=config.background,
+        max_pixels=config.cleaning.max_pixels,
+        at_least=FIRST_LOOK_SIDE,
+    )
+
+
 def _further(role: str, data: bytes, config: DataConfig) -> Picture:
     """Read a reference picture or a mask, named by its role."""
     try:
-        return read_picture(
-            data,
-            background=config.background,
-            max_pixels=config.cleaning.max_pixels,
-            at_least=FIRST_LOOK_SIDE,
-        )
+        return _first_look(data, config)
     except Rejected as rejected:
         raise Rejected("incomplete", f"{role}: {rejected.reason}: {rejected.detail}") from None
 
@@ -169,7 +168,8 @@ def _check_mask(mask: Picture, picture: Picture) -> None:
         raise Rejected("mask_of_another_size", f"the mask has {told} pixels")
     if mask.is_transparent:  # white where one paints on nothing, and black where one erases
         raise Rejected("transparent_mask", "the mask has transparent pixels, neither white nor black")
-    if (brightest := int(np.asarray(mask.image.convert("L")).max())) < MASK_BRIGHT:
+    # Masks that are nowhere white hold numbers of classes, as 0 and 1, or colours.
+    if (brightest := int(np.asarray(mask.image.convert("L")).max())) < WHITE:
         raise Rejected("empty_mask", f"the mask's brightest pixel has {brightest} of 255")
 
 

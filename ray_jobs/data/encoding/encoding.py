@@ -11,7 +11,8 @@ the parts.
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +20,7 @@ import pyarrow as pa
 
 from cluster.fetched import local_path
 from cluster.storage import Storage
-from ray_jobs.config import Config
+from ray_jobs.config import AugmentationConfig, Config
 from ray_jobs.data.curation.scan import FILES_AT_ONCE, Entry, RayRow
 from ray_jobs.data.curation.splits import content_digest
 from ray_jobs.data.encoding.augmentation import augment, row_generator
@@ -28,7 +29,7 @@ from ray_jobs.data.encoding.geometry import Fitted, Size, fit
 from ray_jobs.data.encoding.plan import PIXELS_A_PART, PlannedPart
 from ray_jobs.data.encoding.tensors import tensor_column
 from ray_jobs.data.sources.detection import Sample, Source
-from ray_jobs.pictures.reading import Picture, encode_png, read_picture
+from ray_jobs.pictures.reading import WHITE, Picture, encode_png, read_picture
 
 if TYPE_CHECKING:
     import torch
@@ -163,10 +164,7 @@ class Decode:
 
     def mask(self, data: bytes, split: str, bucket: Size, digest: str, draw: int) -> np.ndarray:
         """Fit a row's mask as its picture, without changes of its colours: uint8, h x w, white is learned."""
-        plain = self.config.data.augmentation.model_copy(update={"colour": 0.0})
-        uncoloured = self.config.data.model_copy(update={"augmentation": plain})
-        decode = replace(self, config=self.config.model_copy(update={"data": uncoloured}))
-        pixels: np.ndarray = decode.fit(self.open(data, bucket), split, bucket, digest, draw).pixels
+        pixels = self.fit(self.open(data, bucket), split, bucket, digest, draw, self._uncoloured).pixels
         return pixels.mean(axis=2).round().astype(np.uint8)
 
     def open(self, data: bytes, bucket: Size) -> Picture:
@@ -178,15 +176,34 @@ class Decode:
         limit = config.cleaning.max_pixels
         return read_picture(data, background=config.background, max_pixels=limit, at_least=2 * max(bucket))
 
-    def fit(self, picture: Picture, split: str, bucket: Size, digest: str, draw: int) -> Fitted:
-        """Fit one picture to the training size; `draw` is its variant, or the epoch while streaming."""
-        data, original = self.config.data, (picture.width, picture.height)
-        if split != "train" or not data.augmentation.is_active:
+    @cached_property
+    def _uncoloured(self) -> AugmentationConfig:
+        """The augmentation without changes of colours."""
+        return self.config.data.augmentation.model_copy(update={"colour": 0.0})
+
+    def fit(
+        self,
+        picture: Picture,
+        split: str,
+        bucket: Size,
+        digest: str,
+        draw: int,
+        augmentation: AugmentationConfig | None = None,
+    ) -> Fitted:
+        """Fit one picture to the training size.
+
+        Args:
+            draw: its variant, or the epoch while streaming.
+            augmentation: None: `data.augmentation`.
+        """
+        original = (picture.width, picture.height)
+        augmentation = augmentation or self.config.data.augmentation
+        if split != "train" or not augmentation.is_active:
             return fit(picture.image, bucket, original=original)
         return augment(
             picture.image,
             bucket,
-            data.augmentation,
+            augmentation,
             row_generator(self.config.seed, digest, draw),
             original=original,
         )
@@ -317,20 +334,12 @@ class EncodePart(EncodeRows):
         if references is not None:
             references = references[chosen]
             for number in range(references.shape[1]):
-                shown = [
-                    encode_png(each) if part.scored[n] else b""
-                    for n, each in zip(chosen, references[:, number], strict=True)
-                ]
-                columns.append((pa.field(reference_image(number), pa.binary()), pa.array(shown, pa.binary())))
+                columns.append(_shown(part, chosen, number, references[:, number]))
         masks = None
         if part.has_masks:
             masks = np.frombuffer(row["masks"], np.uint8).reshape(pixels.shape[:3])[chosen]
             if self.encoders.family.paints_masks:
-                shown = [
-                    encode_png(each) if part.scored[n] else b""
-                    for n, each in zip(chosen, with_masks(pixels[chosen], masks), strict=True)
-                ]
-                columns.append((pa.field(reference_image(0), pa.binary()), pa.array(shown, pa.binary())))
+                columns.append(_shown(part, chosen, 0, with_masks(pixels[chosen], masks)))
         tensors, text = self.encode(pixels[chosen], texts, references, masks), self.encoders.family.text
         for name, tensor in tensors.items():
             lengths = tensors[MASK].sum(dim=1).tolist() if name in text.ragged else None
@@ -356,6 +365,18 @@ def reference_image(number: int) -> str:
     return f"reference_image_{number}"
 
 
+def _shown(
+    part: PlannedPart, chosen: list[int], number: int, pictures: np.ndarray
+) -> tuple[pa.Field, pa.Array]:
+    """Return the column `reference_image` of the chosen rows of a part.
+
+    Args:
+        pictures: of these rows: uint8, N x H x W x 3, or 4 with an alpha channel.
+    """
+    shown = [encode_png(each) if part.scored[n] else b"" for n, each in zip(chosen, pictures, strict=True)]
+    return pa.field(reference_image(number), pa.binary()), pa.array(shown, pa.binary())
+
+
 def with_masks(pixels: np.ndarray, masks: np.ndarray) -> np.ndarray:
     """Return pictures that are transparent, and grey, where they are to be painted: uint8, N x H x W x 4.
 
@@ -363,7 +384,7 @@ def with_masks(pixels: np.ndarray, masks: np.ndarray) -> np.ndarray:
         pixels: uint8, N x H x W x 3.
         masks: uint8, N x H x W; half white and more is to be painted, as in diffusers' pipelines.
     """
-    painted = (masks > 127)[..., None]
+    painted = (masks >= WHITE)[..., None]
     alpha = np.where(painted, 0, 255).astype(np.uint8)
     return np.concatenate([np.where(painted, np.uint8(128), pixels), alpha], axis=3)
 
