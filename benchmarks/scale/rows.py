@@ -91,7 +91,7 @@ def scanned(numbers: range, draw: np.random.Generator) -> pa.Table:
         "hash": draw.integers(0, 2**64, count, np.uint64),
         "colours": [fields.tobytes() for fields in draw.integers(0, 256, (count, 48), np.uint8)],
     }
-    return pa.table({name: columns[name] for name in SCHEMA.names}, schema=SCHEMA)
+    return pa.table({name: columns.get(name, [None] * count) for name in SCHEMA.names}, schema=SCHEMA)
 
 
 def measure(folder: Path, size: int) -> dict[str, float]:

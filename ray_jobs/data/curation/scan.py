@@ -183,7 +183,8 @@ def read_index(index: Storage, files: Sequence[str], columns: Sequence[str]) -> 
     """Yield the tables of index files in order, reading a few ahead."""
 
     def read(file: str) -> pa.Table:
-        return pq.read_table(io.BytesIO(index.read_bytes(file)), columns=list(columns))
+        # A third of the time of `read_table`, which plans a scan of a data set for these few rows.
+        return pq.ParquetFile(pa.BufferReader(index.read_bytes(file))).read(list(columns), use_threads=False)
 
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
         for start in range(0, len(files), FILES_AT_ONCE):
