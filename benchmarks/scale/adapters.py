@@ -13,6 +13,7 @@ from benchmarks.data.pictures import ROOT
 from benchmarks.scale.memory import resident
 from ray_jobs.registry.models import CHAMPION, RegisteredModel, RegistryEntry
 from serving.engine.adapters import AdapterCache, read_adapter
+from serving.request import alone
 from serving.service.routing import Catalogue
 
 SIZES = (1, 10, 100, 1_000)
@@ -53,7 +54,7 @@ def measure(folder: Path, size: int) -> dict[str, float]:
     names, before = [f"adapter-{number}" for number in range(size)], resident()
     begin = time.perf_counter()
     for name in names:
-        while cache.get(name) is None:
+        while cache.get(alone(name)) is None:
             arrived.wait()
             arrived.clear()
     reading = time.perf_counter() - begin
@@ -61,7 +62,7 @@ def measure(folder: Path, size: int) -> dict[str, float]:
     begin = time.perf_counter()
     for _ in range(FEW):
         for name in names[-FEW:]:
-            cache.get(name)
+            cache.get(alone(name))
     hit = (time.perf_counter() - begin) / FEW / len(names[-FEW:])
     cache.close()
     return {

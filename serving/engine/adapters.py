@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 # Imported here, because `adapter_scale` would: it takes seconds, during which running rows would stall.
 import peft  # noqa: F401
@@ -20,6 +21,7 @@ from torch import nn
 from ray_jobs.weights.adapter_files import adapter_scale, layer_in_memory, read_adapter_file
 from ray_jobs.weights.loading import LORA_WEIGHTS
 from serving.engine.batched_lora import Adapter, LayerKey, Update
+from serving.request import Mixture, alone
 
 DOWN, UP, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 
@@ -59,13 +61,31 @@ def read_adapter(
             )
         layer = layer_in_memory(parts[part], layer.removesuffix(kind))
         by_place.setdefault((part, layer), {})[kind] = tensor
-    updates = {
-        place: _update(
-            f"{file}: {'.'.join(place)}", _layer(parts, place, file), stored, settings, place, device, dtype
-        )
-        for place, stored in by_place.items()
-    }
-    return Adapter(name, updates)
+    updates: dict[LayerKey, Update] = {}
+    squares: dict[LayerKey, torch.Tensor] = {}
+    for place, stored in by_place.items():
+        where, changed = f"{file}: {'.'.join(place)}", _layer(parts, place, file)
+        updates[place], of_dora = _update(where, changed, stored, settings, place, device, dtype)
+        if of_dora is not None:
+            squares[place] = of_dora
+    return Adapter(name, updates, squares)
+
+
+def mixed(mixture: Mixture, adapters: Mapping[str, Adapter]) -> Adapter:
+    """Return one adapter that does what those of a mixture do one after the other, in its order.
+
+    Each changes the output of the previous one, as in peft; a DoRA thereby also scales the changes of those
+    before it, so that the order matters with DoRA.
+
+    Args:
+        adapters: the adapters by name, from `read_adapter`.
+    """
+    updates: dict[LayerKey, Update] = {}
+    for name, scale in mixture:
+        for place in adapters[name].updates:
+            update = adapters[name].scaled(place, scale)
+            updates[place] = updates[place].then(update) if place in updates else update
+    return Adapter(" + ".join(f"{name} x {scale!r}" for name, scale in mixture), updates)
 
 
 def _layer(parts: Mapping[str, nn.Module], place: LayerKey, file: Path) -> nn.Linear | nn.Conv2d:
@@ -94,8 +114,8 @@ def _update(
     place: LayerKey,
     device: str,
     dtype: torch.dtype | None,
-) -> Update:
-    """Make the update of one layer from its stored tensors."""
+) -> tuple[Update, torch.Tensor | None]:
+    """Make the update of one layer from its stored tensors, and for DoRA the `Adapter.squares` of it."""
     weight = layer.weight
     if DOWN not in tensors or UP not in tensors:
         raise ValueError(f"{where}: {DOWN[1:]} and {UP[1:]} belong together, and one is missing")
@@ -107,17 +127,19 @@ def _update(
     if down.shape != expected or up.shape != (len(weight), len(down)) or stored[UP].ndim != weight.ndim:
         raise ValueError(f"{where}: its shape does not fit the base's layer; it was trained on another base")
     up = up * adapter_scale(where, settings, place, rank=len(down))
-    gain = None
-    if MAGNITUDE in stored:
-        merged = weight.flatten(1).to(device, dtype) + up @ down.flatten(1)
-        gain = stored[MAGNITUDE].flatten() / torch.linalg.norm(merged, dim=1)
-        up = up * gain[:, None]
-    return Update(down, up, gain)
+    if MAGNITUDE not in stored:
+        return Update(down, up, None), None
+    base, change = weight.flatten(1).to(device, dtype), up @ down.flatten(1)
+    gain = stored[MAGNITUDE].flatten() / torch.linalg.norm(base + change, dim=1)
+    base, change = base.float(), change.float()
+    squares = torch.stack([(base * base).sum(1), (base * change).sum(1), (change * change).sum(1)])
+    return Update(down, up * gain[:, None], gain), squares
 
 
 class AdapterCache:
-    """Least-recently-used cache of adapters in memory; a thread reads the missing ones.
+    """Least-recently-used cache of adapters and mixtures in memory; a thread reads the missing ones.
 
+    A mixture is kept beside the adapters that it was made of, which other mixtures and scales need too.
     An adapter that is evicted while rows use it stays in memory until they are done.
 
     Args:
@@ -130,8 +152,10 @@ class AdapterCache:
         self, read: Callable[[str], Adapter], *, max_bytes: int, on_loaded: Callable[[], object]
     ) -> None:
         self._read, self._on_loaded, self.max_bytes = read, on_loaded, max_bytes
-        self._kept: OrderedDict[str, Adapter] = OrderedDict()
-        self._loading: dict[str, Future[Adapter]] = {}
+        self._kept: OrderedDict[Mixture, Adapter] = OrderedDict()
+        self._loading: dict[Mixture, Future[dict[Mixture, Adapter]]] = {}
+        # Single ones that are kept, in use, or have just been read; only the thread looks.
+        self._in_memory: WeakValueDictionary[str, Adapter] = WeakValueDictionary()
         self._thread = ThreadPoolExecutor(1, "adapters")
         self.hits = self.misses = 0
 
@@ -140,47 +164,59 @@ class AdapterCache:
         """Size of the cached adapters; may be read from any thread."""
         return sum(adapter.num_bytes for adapter in list(self._kept.values()))
 
-    def get(self, name: str) -> Adapter | None:
+    def get(self, mixture: Mixture) -> Adapter | None:
         """Return the adapter, or None while it is being read; the first call starts reading. Never blocks.
+
+        Args:
+            mixture: `alone(name)` for a single one.
 
         Raises:
             ValueError: the adapter is larger than `max_bytes`.
             Exception: any exception of `read`; the next call tries again.
         """
-        if name in self._kept:
+        if mixture in self._kept:
             self.hits += 1
-            self._kept.move_to_end(name)
-            return self._kept[name]
-        if name not in self._loading:
+            self._kept.move_to_end(mixture)
+            return self._kept[mixture]
+        if mixture not in self._loading:
             self.misses += 1
-            self._loading[name] = self._thread.submit(self._read_checked, name)
-            self._loading[name].add_done_callback(lambda _: self._on_loaded())
-        self._keep_loaded(name)
-        reading = self._loading.get(name)
+            self._loading[mixture] = self._thread.submit(self._read_checked, mixture)
+            self._loading[mixture].add_done_callback(lambda _: self._on_loaded())
+        self._keep_loaded(mixture)
+        reading = self._loading.get(mixture)
         if reading and reading.done() and (error := reading.exception()):
-            del self._loading[name]
+            del self._loading[mixture]
             raise error
-        return self._kept.get(name)
+        return self._kept.get(mixture)
 
-    def holds(self, name: str) -> bool:
+    def holds(self, mixture: Mixture) -> bool:
         """Return True if the adapter is in memory."""
-        return name in self._kept
+        return mixture in self._kept
 
-    def _read_checked(self, name: str) -> Adapter:
-        adapter = self._read(name)
-        if adapter.num_bytes > self.max_bytes:
+    def _read_checked(self, mixture: Mixture) -> dict[Mixture, Adapter]:
+        """Return the adapters of a mixture, read from their files unless in memory, and the mixture."""
+        adapters: dict[str, Adapter] = {}
+        for name, _ in mixture:
+            adapters[name] = self._in_memory.get(name) or self._read(name)
+            self._in_memory[name] = adapters[name]
+        read = {alone(name): adapter for name, adapter in adapters.items()}
+        if mixture not in read:
+            read[mixture] = mixed(mixture, adapters)
+        if (wanted := read[mixture]).num_bytes > self.max_bytes:
             raise ValueError(
-                f"adapter: {name!r} takes {adapter.num_bytes:,} bytes, more than the {self.max_bytes:,} "
-                "that all may take together"
+                f"adapter: {wanted.name!r} takes {wanted.num_bytes:,} bytes, more than the "
+                f"{self.max_bytes:,} that all may take together"
             )
-        return adapter
+        return read
 
-    def _keep_loaded(self, wanted: str) -> None:
+    def _keep_loaded(self, wanted: Mixture) -> None:
         """Cache the adapters that have been read, even if their request is gone. Failures stay for the next
         `get`."""
-        read = [name for name, each in self._loading.items() if each.done() and not each.exception()]
-        for name in sorted(read, key=lambda name: name == wanted):  # the wanted one last, so that it stays
-            self._kept[name] = self._loading.pop(name).result()
+        read = [key for key, each in self._loading.items() if each.done() and not each.exception()]
+        for key in sorted(read, key=lambda key: key == wanted):  # the wanted one last, so that it stays
+            for each, adapter in self._loading.pop(key).result().items():
+                self._kept[each] = adapter
+                self._kept.move_to_end(each)
         while self.num_bytes > self.max_bytes:
             self._kept.popitem(last=False)
 

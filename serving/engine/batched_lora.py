@@ -33,6 +33,16 @@ class Update(NamedTuple):
             return self
         return Update(self.down[part], self.up[part], None if self.gain is None else self.gain[part])
 
+    def then(self, other: "Update") -> "Update":
+        """Return the update that does what this one and then another one do, with the sum of their ranks."""
+        up, gain = self.up, other.gain
+        if gain is not None:
+            up = up * gain[:, None]
+            gain = gain if self.gain is None else gain * self.gain
+        else:
+            gain = self.gain
+        return Update(torch.cat([self.down, other.down]), torch.cat([up, other.up], dim=1), gain)
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -81,10 +91,15 @@ class Adapter:
 
     A batch with several adapters takes each one's updates as one packed row, so that a change of the batch
     costs few kernels.
+
+    Attributes:
+        squares: float32, 3 x out, of each DoRA layer: for each output the square of the base's weights, their
+            product with the adapter's change, and the square of that, which tell the norm at any scale.
     """
 
     name: str
     updates: Mapping[LayerKey, Update]
+    squares: Mapping[LayerKey, torch.Tensor] = field(default_factory=dict)
     _packed: dict[str, tuple[Layout, Packed]] = field(default_factory=dict)  # by component, the last one
 
     def __post_init__(self) -> None:
@@ -103,6 +118,19 @@ class Adapter:
         if part not in self._packed or self._packed[part][0] != layout:
             self._packed[part] = layout, _pack(self.updates, layout)
         return self._packed[part][1]
+
+    def scaled(self, place: LayerKey, scale: float) -> Update:
+        """Return the update of a layer at another scale than 1, as peft computes it.
+
+        DoRA divides by the norm of the base's weights with the scaled change (arXiv 2402.09353, eq. 5).
+        """
+        down, up, gain = self.updates[place]
+        if gain is None:
+            return Update(down, up * scale, None)
+        base, product, change = self.squares[place]
+        ratio = ((base + 2 * product + change) / (base + 2 * scale * product + scale**2 * change)).sqrt()
+        ratio = ratio.to(up.dtype)
+        return Update(down, up * (scale * ratio)[:, None], gain * ratio)
 
     @cached_property
     def num_bytes(self) -> int:
@@ -219,15 +247,26 @@ class BatchedLoRA:
         update = self._active.stacks.get(place)
         if update is None:
             return None  # the layer's own output
-        added = _convolved(layer, inputs[0], update) if output.ndim == 4 else _multiplied(inputs[0], update)
+        added = (
+            _convolved(layer, inputs[0], update)
+            if isinstance(layer, nn.Conv2d)
+            else _multiplied(inputs[0], update)
+        )
         if update.gain is not None:
-            shape = (len(update.gain), *(1,) * (output.ndim - 2), -1)
-            gain, bias = update.gain.reshape(shape), layer.bias
-            if output.ndim == 4:
-                gain = gain.permute(0, 3, 1, 2)
-                bias = None if bias is None else bias.reshape(-1, 1, 1)
-            output = output * gain if bias is None else (output - bias) * gain + bias
+            output = _scaled(layer, output, update.gain)
         return output + added
+
+
+def _scaled(layer: Any, output: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    """Scale a layer's output, without its bias, by gains: N x out, or 1 x out if shared by all rows."""
+    bias = layer.bias
+    if isinstance(layer, nn.Conv2d):
+        gain, bias = gain[..., None, None], None if bias is None else bias[:, None, None]
+        return output * gain if bias is None else (output - bias) * gain + bias
+    # The first axis holds more than the rows where a model folds others into it, such as Krea 2's texts.
+    flat, gain = output.reshape(len(gain), -1, output.shape[-1]), gain[:, None]
+    scaled = flat * gain if bias is None else (flat - bias) * gain + bias
+    return scaled.reshape(output.shape)
 
 
 def _multiplied(inputs: torch.Tensor, update: Update) -> torch.Tensor:

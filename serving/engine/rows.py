@@ -77,8 +77,22 @@ def check_request(
     for text in (request.prompt, request.negative_prompt or ""):
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise RequestError("prompt", "contains an unpaired surrogate, which is not valid Unicode")
+    _check_adapters(request, with_adapters)
+
+
+def _check_adapters(request: Request, with_adapters: bool) -> None:
     if request.adapter is not None and not with_adapters:
         raise RequestError("adapter", f"{request.adapter!r}; this model is served without adapters")
+    if request.adapters and not with_adapters:
+        raise RequestError("adapters", "given; this model is served without adapters")
+    if request.adapters and request.adapter is not None:
+        raise RequestError("adapters", f"given beside adapter {request.adapter!r}; list it among them")
+    names = [each.name for each in request.adapters]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise RequestError("adapters", f"{twice!r} is listed twice; add its scales")
+    for name, scale in request.adapters:
+        if not isfinite(scale):
+            raise RequestError("adapters", f"{name!r} has the scale {scale}; it must be finite")
 
 
 def _check_image(request: Request, size: tuple[int, int]) -> None:

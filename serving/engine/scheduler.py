@@ -265,13 +265,13 @@ class RequestQueue:
         for row in self.rows:
             if full and (self._adapters is None or ahead >= self._read_ahead):
                 break
-            name, there = row.request.adapter, True
-            if name is not None and ahead < self._read_ahead:
+            mixture, there = row.request.mixture, True
+            if mixture and ahead < self._read_ahead:
                 ahead += 1
                 there = self._has_adapter(row)
-            elif name is not None:
+            elif mixture:
                 assert self._adapters is not None
-                there = not full and self._adapters.holds(name) and self._has_adapter(row)
+                there = not full and self._adapters.holds(mixture) and self._has_adapter(row)
             if there and not full and free.fits(row):
                 taken.append(row)
                 free = free.without(row)
@@ -299,9 +299,9 @@ class RequestQueue:
         """Return True if the row's adapter is in memory; otherwise start reading it."""
         if row.adapter is not None:
             return True
-        assert self._adapters is not None and row.request.adapter is not None
+        assert self._adapters is not None
         try:
-            row.adapter = self._adapters.get(row.request.adapter)
+            row.adapter = self._adapters.get(row.request.mixture)
         except Exception as error:  # reading may raise anything; only this request fails
             row.fail(error)
         return row.adapter is not None

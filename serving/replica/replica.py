@@ -35,7 +35,7 @@ from serving.messages import (
 from serving.replica.engine_cache import EngineCache, NoRoom
 from serving.replica.image_input import read_masked, read_picture, read_references
 from serving.replica.postprocess import Postprocessor
-from serving.request import Request, RequestError
+from serving.request import Request, RequestError, alone
 from serving.schemas import APIError
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class Model:
         if placement.adapter is None:
             return True
         adapters = thread.engine.adapters
-        return adapters is not None and adapters.holds(placement.adapter)
+        return adapters is not None and adapters.holds(alone(placement.adapter))
 
     def check_health(self) -> None:
         """Raise RuntimeError if a GPU broke or an engine always fails; Serve then replaces the replica."""

@@ -15,7 +15,7 @@ from ray_jobs.weights.loading import LORA_WEIGHTS, load_lora, load_pipeline
 from ray_jobs.weights.saving import save_lora
 from serving.engine.adapters import read_adapter
 from serving.engine.engine import Engine
-from serving.request import Request
+from serving.request import Request, alone
 from tests.serving import plain_diffusers
 from tests.tiny_models import FAMILY_MODELS
 
@@ -164,7 +164,7 @@ def test_an_adapter_whose_client_has_gone_counts_among_the_kept(
     for name in ("left", "asked"):
         future = engine.submit(Request("a", 0, 1, 1.0, adapter=name))
         engine.step()
-        if reading := engine.adapters._loading.get(name):  # not yet read
+        if reading := engine.adapters._loading.get(alone(name)):  # not yet read
             reading.result(60)
         if name == "left":
             future.cancel()
@@ -236,7 +236,7 @@ def test_rows_step_while_an_adapter_is_read_and_a_later_request_passes(
     assert others[0].done() and not slow.done()
     arrived.set()
     assert engine.adapters is not None
-    engine.adapters._loading["attention"].result(60)
+    engine.adapters._loading[alone("attention")].result(60)
     engine.step()  # its place is the next that is free: now, before the other that waits
     assert not others[1].done() and engine.load().running == 1
     engine.drain()

@@ -17,7 +17,7 @@ from ray_jobs.weights.loading import load_lora, load_pipeline
 from serving.engine.adapters import read_adapter
 from serving.engine.engine import Engine
 from serving.engine.optimizations import prepare
-from serving.request import Request
+from serving.request import Request, alone
 from tests.serving.plain_diffusers import draw, load
 from tests.serving.test_adapters import VARIANTS, parts_of, write_adapter
 from tests.tiny_models import FAMILY_MODELS
@@ -52,7 +52,7 @@ def drawn(pipeline: Any, *requests: Request, **options: Any) -> list[torch.Tenso
     engine = Engine(pipeline, **options)
     for name in dict.fromkeys(request.adapter for request in requests if request.adapter):
         assert engine.adapters is not None
-        assert engine.adapters.get(name) or engine.adapters._loading[name].result(60)
+        assert engine.adapters.get(alone(name)) or engine.adapters._loading[alone(name)].result(60)
     futures = [engine.submit(request) for request in requests]
     engine.drain()
     return [future.result(0).pixels.float() for future in futures]

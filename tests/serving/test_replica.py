@@ -28,7 +28,7 @@ from serving.messages import (
 )
 from serving.provenance import encode_png, read_provenance
 from serving.replica.replica import TOO_MANY_FAILURES, Model
-from serving.request import Request
+from serving.request import Request, alone
 from serving.schemas import APIError
 from tests.serving.conftest import save_adapters
 
@@ -196,7 +196,7 @@ def test_an_adapter_that_was_dropped_from_memory_is_not_warm_any_more(lora: Regi
         assert adapters.misses == 1
         adapters._kept.clear()
         await model.warm_up(lora)
-        assert adapters.misses == 2 and adapters.holds(placement_of(lora).adapter)
+        assert adapters.misses == 2 and adapters.holds(alone(placement_of(lora).adapter or ""))
 
     with_replica(lora, work)
 
