@@ -13,7 +13,8 @@ from operator import itemgetter
 import torch
 
 from ray_jobs.diffusion.families import Captions, Components, Conditions, Family, family_of
-from ray_jobs.diffusion.families.family import MASK_PIXELS, MASKED, reference
+from ray_jobs.diffusion.families.control import CONTROLNET
+from ray_jobs.diffusion.families.family import CONTROL, MASK_PIXELS, MASKED, reference
 from ray_jobs.diffusion.families.text import LENGTHS, MASK
 from ray_jobs.diffusion.memory import Chunks, pictures_at_once
 from ray_jobs.diffusion.objectives import per_row
@@ -43,14 +44,18 @@ def initial_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...])
 
 
 def first_noise(
-    family: Family, generators: Sequence[torch.Generator], shape: tuple[int, ...]
+    family: Family,
+    generators: Sequence[torch.Generator],
+    shape: tuple[int, ...],
+    *,
+    is_controlled: bool = False,
 ) -> torch.Tensor:
     """Return the noise of pictures that begin with nothing else; arguments and result as of `initial_noise`.
 
-    The pipelines of families that paint masks draw noise for the posterior of the whole picture before it,
-    though only image to image uses that.
+    Some pipelines draw noise for the posterior of another picture before it, which is not used here: those of
+    families that paint masks for the whole picture, and those of `Control.draws_first` for the control image.
     """
-    if family.paints_masks:
+    if family.paints_masks or (is_controlled and family.control and family.control.draws_first):
         initial_noise(generators, family.codec.unpacked_shape(shape))
     return initial_noise(generators, shape)
 
@@ -216,6 +221,25 @@ def encode_references(
     return codec.normalised(mean, codec.scale(autoencoder))
 
 
+def control_conditions(
+    pipeline: Pipeline, pixels: torch.Tensor, device: str | torch.device | None = None
+) -> Conditions:
+    """Return the condition of a ControlNet.
+
+    Latents are the mean of the autoencoder's posterior, from which diffusers' pipelines draw.
+
+    Args:
+        pixels: uint8, N x 3 x height x width: control images, of the pictures' size.
+        device: device on which the autoencoder computes; None for that of its weights.
+    """
+    control = family_of(pipeline).control
+    assert control
+    if control.form == "latents":
+        pixels = pixels.contiguous(memory_format=torch.channels_last)  # as in `cut_out`
+        return {CONTROL: encode_references(pipeline, pixels, device)}
+    return {CONTROL: pixels.to(device or pipeline.vae.device, torch.float32) / 255}
+
+
 @torch.no_grad()
 def reconstructed(pipeline: Pipeline, pixels: torch.Tensor) -> torch.Tensor:
     """Pass images through the autoencoder, by the mean of its posterior: the best that the model can draw.
@@ -254,8 +278,9 @@ def sample_pictures(
         encoded: the pipeline's prompts; None: encode them where its text encoders are.
         references: function that returns the reference pictures of an image by its number, each uint8,
             3 x height x width; images of one shape have as many, of the same shapes. Of families that paint
-            masks it is one, the masked picture, of 4 channels, as for `cut_out`. None: there are none, and
-            all of the image is painted.
+            masks it is one, the masked picture, of 4 channels, as for `cut_out`; with a ControlNet, the last
+            one is the control image. None: there are none, all of the image is painted, and nothing is
+            controlled.
 
     Raises:
         ValueError: guidance is on, and has no meaning for this model.
@@ -265,13 +290,14 @@ def sample_pictures(
         raise ValueError(f"evaluate.guidance_scale: {guidance_scale:g}; {UNGUIDED}; set it to 1")
     encoded = encoded or Prompts(pipeline)
     device, sampled, decoded = pipeline.vae.device, Chunks(), Chunks()
+    is_controlled = bool(references) and CONTROLNET in family.model(pipeline)
 
     def sample(first: int, captions: Captions, null: Captions, numbers: range) -> torch.Tensor:
         batch, rows = slice(numbers.start, numbers.stop), slice(numbers.start - first, numbers.stop - first)
         height, width = shapes[batch.start]
         generators = seeded(seeds[batch])
         shape = family.codec.shape(pipeline.vae.config, height, width)
-        noise = first_noise(family, generators, shape)
+        noise = first_noise(family, generators, shape, is_controlled=is_controlled)
         given = whole_pictures(family, len(noise), height, width, device)
         looked_at = zip(*(references(number) for number in numbers), strict=True) if references else ()
         pictures = [torch.stack(each) for each in looked_at]
@@ -280,6 +306,8 @@ def sample_pictures(
             whole = torch.zeros((len(noise), 4, height, width), dtype=torch.uint8)
             masked = pictures.pop() if pictures else whole
             given |= encode_masked(pipeline, masked, further.to(device))
+        if is_controlled:
+            given |= control_conditions(pipeline, pictures.pop(), device)
         given |= {reference(n): encode_references(pipeline, each) for n, each in enumerate(pictures)}
         return sample_latents(
             family,

@@ -26,6 +26,8 @@ def _found() -> dict[str, Family]:
 
 
 FAMILIES: dict[str, Family] = _found()
+CONTROLLED = {each.control.pipeline_class: each for each in FAMILIES.values() if each.control}
+"""Families by their pipeline with a ControlNet."""
 
 
 def family_of(pipeline: Pipeline | str) -> Family:
@@ -35,6 +37,13 @@ def family_of(pipeline: Pipeline | str) -> Family:
         ValueError: the pipeline belongs to no known family.
     """
     name = pipeline if isinstance(pipeline, str) else type(pipeline).__name__
+    if name in CONTROLLED:
+        if isinstance(pipeline, str):
+            raise ValueError(
+                f"model.base: {name} has a ControlNet in it; give a {CONTROLLED[name].pipeline_class}, and "
+                "the folder of the ControlNet as model.controlnet"
+            )
+        return CONTROLLED[name]
     if name not in FAMILIES:
         shared = {known: len(commonprefix((name, known))) for known in FAMILIES}
         nearest = max(shared, key=lambda known: (shared[known], -len(known)))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ray_jobs.diffusion.families.codec import Codec
+from ray_jobs.diffusion.families.control import CONTROLNET, Control
 from ray_jobs.diffusion.families.noise_schedule import NoiseSchedule
 from ray_jobs.diffusion.families.published import KohyaFiles, Published
 from ray_jobs.diffusion.families.text import Text
@@ -21,8 +22,13 @@ Conditions = dict[str, torch.Tensor]
 These are the columns of `Text.embeds`, the family's `picture_conditions`, and `guidance` (float32, N) for
 denoisers that take the guidance scale as an input. Reference pictures are `reference_0`, `reference_1`, ...:
 their latents, N x C x ..., clean, as `Codec.normalised` returns them; see `references_of`. Of families that
-paint masks there are `MASKED` and `MASK_PIXELS`.
+paint masks there are `MASKED` and `MASK_PIXELS`. A ControlNet looks at `CONTROL`, if it is there.
 """
+CONTROL = "control"
+"""What a ControlNet looks at, N x ..., as `Control.form` says: pixels of 0 to 1, N x 3 x height x width, or
+latents, N x C x ..., as `Codec.normalised` returns them."""
+CONTROL_SCALE = "control_scale"
+"""How much a ControlNet's output counts in each row: float32, N; where it is missing, 1."""
 MASKED = "masked"
 """Latents of the pictures without what is to be painted, N x C x ..., as from `Codec.sample`."""
 MASK_PIXELS = "mask_pixels"
@@ -65,6 +71,8 @@ class Family(ABC):
     left of the crop, target height and width (arXiv 2307.01952, section 2.2)."""
     max_references: int = 0
     """The most pictures that the denoiser looks at beside the one it draws; 0: it takes none."""
+    control: Control | None = None
+    """The family's ControlNets; None: there are none that are supported."""
     paints_masks: bool = False
     """Whether the denoiser paints into a mask, and so takes `MASKED` and `MASK_PIXELS`."""
     is_unet: bool = False
@@ -187,12 +195,15 @@ class Family(ABC):
         return
 
     def model(self, pipeline: Pipeline) -> dict[str, Component]:
-        """Return a pipeline's denoising components, by name."""
-        return {name: getattr(pipeline, name) for name in self.denoisers}
+        """Return a pipeline's denoising components, by name; last the ControlNet, if it has one."""
+        found = {name: getattr(pipeline, name) for name in self.denoisers}
+        network = getattr(pipeline, CONTROLNET, None) if self.control else None
+        return found if network is None else {**found, CONTROLNET: network}
 
     def adaptable(self, pipeline: Pipeline) -> dict[str, Component]:
         """Return the components that adapters may change, by name: denoisers and text encoders."""
-        return {**self.model(pipeline), **self.text.present(pipeline)}
+        denoisers = {name: getattr(pipeline, name) for name in self.denoisers}
+        return {**denoisers, **self.text.present(pipeline)}
 
     @abstractmethod
     def denoise(

@@ -8,8 +8,11 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from ray_jobs.diffusion.families import tiny
 from ray_jobs.diffusion.families.codec import Codec
+from ray_jobs.diffusion.families.control import CONTROLNET, Control, scaled
 from ray_jobs.diffusion.families.family import (
     CLIP_ATTENTION,
+    CONTROL,
+    CONTROL_SCALE,
     MMDIT_ATTENTION,
     Components,
     Conditions,
@@ -90,6 +93,8 @@ class FluxFamily(Family):
         timesteps: torch.Tensor,
         embeds: torch.Tensor,
         references: Sequence[torch.Tensor] = (),
+        control: torch.Tensor | None = None,
+        control_scale: torch.Tensor | None = None,
         **inputs: torch.Tensor | None,
     ) -> torch.Tensor:
         """Return the transformer's prediction, in the shape of the latents.
@@ -99,18 +104,36 @@ class FluxFamily(Family):
             timesteps: N, as for `denoise`.
             embeds: T5's embeddings, N x tokens x width.
             references: latents of reference pictures, see `references_of`; their tokens follow.
+            control, control_scale: what a ControlNet looks at, and how much its output counts.
             inputs: further inputs of the transformer, by diffusers' names.
         """
         places = [positions(*grid, tokens.device)]
+        texts = torch.zeros(embeds.shape[1], 3, device=tokens.device)
+        timesteps = timesteps / 1000  # the transformer multiplies it by 1000 again
+        added: dict[str, list[torch.Tensor] | None] = {}
+        if control is not None:
+            outputs = model[CONTROLNET](
+                tokens,
+                to_tokens(control)[0],
+                encoder_hidden_states=embeds,
+                timestep=timesteps,
+                img_ids=places[0],
+                txt_ids=texts,
+                return_dict=False,
+                **inputs,
+            )
+            names = ("controlnet_block_samples", "controlnet_single_block_samples")
+            added = {n: each and scaled(each, control_scale) for n, each in zip(names, outputs, strict=True)}
         further = [to_tokens(latents) for latents in references]
         places += [positions(*of, tokens.device, picture=n) for n, (_, of) in enumerate(further, start=1)]
         predicted = model["transformer"](
             torch.cat([tokens, *(each for each, _ in further)], dim=1),
             encoder_hidden_states=embeds,
-            timestep=timesteps / 1000,  # the transformer multiplies it by 1000 again
+            timestep=timesteps,
             img_ids=torch.cat(places),
-            txt_ids=torch.zeros(embeds.shape[1], 3, device=tokens.device),
+            txt_ids=texts,
             return_dict=False,
+            **added,
             **inputs,
         )[0]
         return from_tokens(predicted[:, : tokens.shape[1]], grid)
@@ -124,6 +147,13 @@ class Flux(FluxFamily):
     kohya = KohyaFiles("networks.lora_flux", "flux1", "flux-1-dev")
     trainable = {"transformer": MMDIT_ATTENTION, "text_encoder": CLIP_ATTENTION}
     text = FluxText()
+    control: Control | None = Control(
+        "FluxControlNetPipeline",
+        "FluxControlNetModel",
+        "latents",
+        num_layers={"num_layers": 4, "num_single_layers": 4},
+        draws_first=True,
+    )
     variants: tuple[str, ...] = ("", "schnell")
     further_channels = 0  # of the small model's input, beside latents
 
@@ -139,6 +169,8 @@ class Flux(FluxFamily):
             timesteps,
             conditions["prompt_embeds"],
             references_of(conditions),
+            conditions.get(CONTROL),
+            conditions.get(CONTROL_SCALE),
             pooled_projections=conditions["pooled_prompt_embeds"],
             guidance=guidance,
         )

@@ -16,6 +16,7 @@ class FluxFill(Flux):
     usual_guidance = 30.0
     native = (1024, 1024)
     variants = ("",)
+    control = None
     further_channels = 4 + 8 * 8  # the masked picture's latents, and the pixels of a latent
 
     def is_distilled(self, pipeline: Pipeline) -> bool:

@@ -13,6 +13,7 @@ class FluxKontext(Flux):
     max_references = 1
     native = (1024, 1024)
     variants = ("",)
+    control = None
 
     def is_distilled(self, pipeline: Pipeline) -> bool:
         return False

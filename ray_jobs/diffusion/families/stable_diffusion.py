@@ -6,6 +6,7 @@ import torch
 
 from ray_jobs.diffusion.families import architecture
 from ray_jobs.diffusion.families.checkpoints import Tensors, clip_checkpoint
+from ray_jobs.diffusion.families.control import Control
 from ray_jobs.diffusion.families.family import CLIP_ATTENTION, UNET_ATTENTION
 from ray_jobs.diffusion.families.published import KohyaFiles
 from ray_jobs.diffusion.families.text import Captions, Encoders, Text
@@ -38,6 +39,7 @@ class StableDiffusion(UNetFamily):
     pipeline_class = "StableDiffusionPipeline"
     trainable = {"unet": UNET_ATTENTION, "text_encoder": CLIP_ATTENTION}
     text = StableDiffusionText()
+    control = Control("StableDiffusionControlNetPipeline", "ControlNetModel", "pixels")
     variants = ("", "consistency")
     text_widths = (768, 1024)
     in_checkpoint = ("unet", "vae", "text_encoder")

@@ -7,8 +7,11 @@ from torch.nn.functional import pad
 
 from ray_jobs.diffusion.families import tiny
 from ray_jobs.diffusion.families.codec import Codec
+from ray_jobs.diffusion.families.control import CONTROLNET, Control, scaled
 from ray_jobs.diffusion.families.family import (
     CLIP_ATTENTION,
+    CONTROL,
+    CONTROL_SCALE,
     MMDIT_ATTENTION,
     Components,
     Conditions,
@@ -21,6 +24,7 @@ from ray_jobs.diffusion.families.text import Captions, Encoders, Text
 from ray_jobs.diffusion.protocols import Denoiser, Pipeline, Settings
 
 T5_TOKENS = 256
+UNUSED_IN_CONTROL = ("attn.to_add_out", "ff_context")  # of a ControlNet's last block
 PUBLISHED_LAYERS = {
     "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "x_block.attn.proj": ("attn.to_out.0",),
@@ -94,6 +98,16 @@ class StableDiffusion3(Family):
     }
     text, codec, schedule = StableDiffusion3Text(), StableDiffusion3Codec(), RectifiedFlow(max_shift=1.16)
     variants = ("", "without-t5")
+    control = Control(
+        "StableDiffusion3ControlNetPipeline",
+        "SD3ControlNetModel",
+        "latents",
+        # By default the pipeline leaves out the pooled captions and the shift of the latents.
+        fixed={"extra_conditioning_channels": 0, "force_zeros_for_pooled_projection": False},
+        num_layers={"num_layers": 12},
+        num_spared=1,  # without a stream of texts behind it
+        unused=UNUSED_IN_CONTROL,
+    )
 
     def denoise(
         self, model: Components, latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
@@ -103,13 +117,17 @@ class StableDiffusion3(Family):
         missing = denoiser.config.joint_attention_dim - embeds.shape[-1]
         if missing:  # without T5, zeros take its place
             embeds = pad(embeds, (0, missing, 0, T5_TOKENS))
-        return denoiser(
-            latents,
-            encoder_hidden_states=embeds,
-            pooled_projections=conditions["pooled_prompt_embeds"],
-            timestep=timesteps,
-            return_dict=False,
-        )[0]
+        inputs = {
+            "encoder_hidden_states": embeds,
+            "pooled_projections": conditions["pooled_prompt_embeds"],
+            "timestep": timesteps,
+            "return_dict": False,
+        }
+        added = None
+        if CONTROL in conditions:
+            [outputs] = model[CONTROLNET](latents, conditions[CONTROL], **inputs)
+            added = scaled(outputs, conditions.get(CONTROL_SCALE))
+        return denoiser(latents, block_controlnet_hidden_states=added, **inputs)[0]
 
     def published_layer(self, layer: str, denoiser: Settings) -> Published | None:
         return renamed(layer, PUBLISHED_LAYERS, {"transformer_blocks": "joint_blocks"})

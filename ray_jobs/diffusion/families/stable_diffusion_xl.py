@@ -6,6 +6,7 @@ import torch
 
 from ray_jobs.diffusion.families import architecture, tiny
 from ray_jobs.diffusion.families.checkpoints import Tensors, clip_checkpoint, open_clip_checkpoint
+from ray_jobs.diffusion.families.control import Control
 from ray_jobs.diffusion.families.family import CLIP_ATTENTION, UNET_ATTENTION, Conditions
 from ray_jobs.diffusion.families.published import KohyaFiles, Published, published_unet_layer
 from ray_jobs.diffusion.families.stable_diffusion import CLIP_TOKENS
@@ -52,6 +53,7 @@ class StableDiffusionXL(UNetFamily):
     pipeline_class = "StableDiffusionXLPipeline"
     trainable = {"unet": UNET_ATTENTION, "text_encoder": CLIP_ATTENTION, "text_encoder_2": CLIP_ATTENTION}
     text = StableDiffusionXLText()
+    control = Control("StableDiffusionXLControlNetPipeline", "ControlNetModel", "pixels")
     picture_conditions = ("sizes",)
     text_widths = (2048,)
     in_checkpoint = ("unet", "vae", "text_encoder", "text_encoder_2")

@@ -8,7 +8,8 @@ from torch import nn
 
 from ray_jobs.diffusion.families.checkpoints import Tensors, autoencoder_checkpoint, unet_checkpoint
 from ray_jobs.diffusion.families.codec import Codec
-from ray_jobs.diffusion.families.family import Components, Conditions, Family
+from ray_jobs.diffusion.families.control import CONTROLNET, scaled
+from ray_jobs.diffusion.families.family import CONTROL, CONTROL_SCALE, Components, Conditions, Family
 from ray_jobs.diffusion.families.noise_schedule import VariancePreserving
 from ray_jobs.diffusion.protocols import Denoiser, Pipeline, Settings
 
@@ -26,14 +27,34 @@ class UNetFamily(Family):
         self, model: Components, latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
     ) -> torch.Tensor:
         denoiser = model[self.denoiser]
+        down, middle = self._residuals(model, latents, timesteps, conditions)
         return denoiser(
             latents,
             timesteps,
             encoder_hidden_states=conditions["prompt_embeds"],
             timestep_cond=self.guidance_embedding(denoiser, latents, conditions),
             added_cond_kwargs=self.added_conditions(conditions),
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=middle,
             return_dict=False,
         )[0]
+
+    def _residuals(
+        self, model: Components, latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
+    ) -> tuple[list[torch.Tensor] | None, torch.Tensor | None]:
+        """Return what a ControlNet adds to the UNet's skips and to its middle; None each without one."""
+        if CONTROL not in conditions:
+            return None, None
+        down, middle = model[CONTROLNET](
+            latents,
+            timesteps,
+            encoder_hidden_states=conditions["prompt_embeds"],
+            controlnet_cond=conditions[CONTROL],
+            added_cond_kwargs=self.added_conditions(conditions),
+            return_dict=False,
+        )
+        *skips, last = scaled([*down, middle], conditions.get(CONTROL_SCALE))
+        return skips, last
 
     def recomputed_blocks(self, denoiser: nn.Module) -> list[nn.Module]:
         return [
