@@ -19,6 +19,7 @@ class ImageParameters(TypedDict):
     model: str
     version: int
     adapter: str | None
+    adapters: list[dict[str, str | float]] | None  # each a name, as `adapter`'s, and a scale
     prompt: str
     negative_prompt: str | None
     seed: int
@@ -36,7 +37,7 @@ class RoutedRequest(NamedTuple):
     engine, the pixels of the files, and a size that is the first reference's.
     """
 
-    version: RegisteredModel | None  # None: the bare base
+    version: RegisteredModel | None  # None: the bare base, to which `adapters` are applied
     request: Request
     image: bytes | None = None  # file of the initial image, as it was sent
     references: tuple[bytes, ...] = ()  # files of the reference pictures, as they were sent
@@ -45,6 +46,7 @@ class RoutedRequest(NamedTuple):
     scored: bool = False  # True: counts for the version's drift scores, see `replica.drift`
     asked: float = 0.0  # time of the request, seconds since 1970
     fused: bool = False  # True: a LoRA version is served by its own engine, merged into the base
+    adapters: tuple[RegisteredModel, ...] = ()  # LoRA versions of the request's `adapters`, in their order
 
     def parameters(self, size: str) -> ImageParameters:
         """Return the image's parameters.
@@ -57,6 +59,7 @@ class RoutedRequest(NamedTuple):
             "model": self.version.name if self.version else BASE,
             "version": self.version.version if self.version else 0,
             "adapter": adapter_name(self.version) if self.version and self.version.method == "lora" else None,
+            "adapters": [each._asdict() for each in self.request.adapters] or None,
             "prompt": self.request.prompt,
             "negative_prompt": self.request.negative_prompt,
             "seed": self.request.seed,

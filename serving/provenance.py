@@ -42,8 +42,8 @@ def facts_of(
         adapter_digest: SHA-256 of the adapter's weights.
         with_prompt: include the prompts.
     """
-    wanted = ["image_id", "model", "version", "adapter", "seed", "steps", "guidance_scale", "size"]
-    wanted += ["strength", "num_references", *(["prompt", "negative_prompt"] if with_prompt else [])]
+    wanted = ["image_id", "model", "version", "adapter", "adapters", "seed", "steps", "guidance_scale"]
+    wanted += ["size", "strength", "num_references", *(["prompt", "negative_prompt"] if with_prompt else [])]
     facts = {name: parameters.get(name) for name in wanted}
     facts |= {"base": base, "adapter_digest": adapter_digest}
     return {name: value for name, value in facts.items() if value is not None}
@@ -88,8 +88,12 @@ def parameters_line(facts: Mapping[str, object]) -> str:
         "model": "Model",
         "version": "Model version",
         "adapter": "Adapter",
+        "adapters": "Adapters",
     }
-    settings = ", ".join(f"{label}: {facts[name]}" for name, label in labels.items() if name in facts)
+    shown = {**facts}
+    if isinstance(adapters := facts.get("adapters"), list):
+        shown["adapters"] = " + ".join(f"{each['name']} x {each['scale']}" for each in adapters)
+    settings = ", ".join(f"{label}: {shown[name]}" for name, label in labels.items() if name in shown)
     lines = [
         str(facts.get("prompt") or ""),
         f"Negative prompt: {facts['negative_prompt']}" if facts.get("negative_prompt") else "",

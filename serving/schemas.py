@@ -5,7 +5,9 @@ A field of OpenAI's that this server has no use for is refused with the reason r
 nobody believes it did something; null, "auto" and values that change nothing are accepted.
 """
 
+import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
@@ -79,6 +81,17 @@ class APIError(Exception):
         return {"error": error}
 
 
+class AdapterChoice(BaseModel):
+    """One of several adapters that draw an image together."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(max_length=300, description="LoRA version, as `model` names one.")
+    scale: float = Field(
+        1.0, ge=-10, le=10, allow_inf_nan=False, description="Factor of its change; 0 turns it off."
+    )
+
+
 class ImageRequest(BaseModel):
     """Body of POST /v1/images/generations. `limited` adds the limits of a server's configuration."""
 
@@ -96,6 +109,12 @@ class ImageRequest(BaseModel):
     prompt: str = Field(min_length=1, description="Text that describes the image.")
     model: str | None = Field(
         None, max_length=300, description="Model id from GET /v1/models. Default: the served model."
+    )
+    adapters: list[AdapterChoice] | None = Field(
+        None,
+        min_length=1,
+        description="LoRA versions to apply to the base one after the other, in this order, instead of "
+        "`model`'s. In a form: the list as JSON.",
     )
     n: int = Field(1, ge=1, description="Number of images; image i (from 0) uses seed + i.")
     size: str | None = Field(
@@ -128,8 +147,9 @@ class ImageRequest(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_neutral_fields(cls, body: object) -> object:
-        """Drop nulls, and OpenAI's other fields if they change nothing. `safety_identifier`, OpenAI's newer
-        name for `user`, takes precedence over `user` unless it is empty."""
+        """Drop nulls, and OpenAI's other fields if they change nothing; parse what a form holds as JSON.
+        `safety_identifier`, OpenAI's newer name for `user`, takes precedence over `user` unless it is
+        empty."""
         if not isinstance(body, dict):
             return body
         kept = {}
@@ -141,6 +161,9 @@ class ImageRequest(BaseModel):
             kept[field] = value
         if identifier := kept.pop("safety_identifier", None):
             kept["user"] = identifier
+        if isinstance(text := kept.get("adapters"), str):
+            with suppress(json.JSONDecodeError):  # the field's own check names it
+                kept["adapters"] = json.loads(text)
         return kept
 
 
@@ -169,6 +192,10 @@ def limited(request: type[Limited], settings: ServeConfig) -> type[Limited]:
         "prompt": (str, _narrowed("prompt", max_length=length)),
         "negative_prompt": (str | None, _narrowed("negative_prompt", max_length=length)),
         "n": (int, _narrowed("n", le=settings.max_pictures)),
+        "adapters": (
+            list[AdapterChoice] | None,
+            _narrowed("adapters", min_length=1, max_length=settings.max_adapters),
+        ),
         "steps": (int | None, _narrowed("steps", le=settings.max_steps)),
     }
     return create_model(request.__name__, __base__=request, __doc__=request.__doc__, **fields)
@@ -203,6 +230,9 @@ class ImageResponse(BaseModel):
     created: int = Field(description="Unix time in seconds.")
     data: list[ImageData]
     model: str = Field(description="name@version that generated the images; request it to reproduce them.")
+    adapters: list[AdapterChoice] | None = Field(
+        None, description="With `model` base: the versions that were combined, each as name@version."
+    )
     size: str = Field(description="Width x height in pixels.")
     output_format: Literal["png"] = "png"
 
@@ -243,6 +273,7 @@ class CompletedEvent(PictureEvent):
     id: str = Field(description="Id of the image, for POST /v1/feedback.")
     seed: int = Field(description="Seed that reproduces this image.")
     model: str = Field(description="name@version that generated the image.")
+    adapters: list[AdapterChoice] | None = Field(None, description="As in an answer without a stream.")
     usage: Usage = Usage()
 
 
@@ -312,13 +343,19 @@ def invalid_request(error: ErrorDetails) -> APIError:
     if error["type"] == "extra_forbidden":
         if field.partition("[")[0] in UNSUPPORTED_FIELDS:
             return unsupported(field)
-        message = f"{field}: unknown field; remove it or correct its name"
+        known = "in a form, send adapters as JSON" if field.startswith("adapters[") else None
+        message = f"{field}: unknown field; {known or 'remove it or correct its name'}"
         return APIError(400, message, param=field, code="unknown_parameter")
     if error["type"] == "string_pattern_mismatch" and field == "size":
         message = "size: must be width x height in pixels, for example 64x64"
         return APIError(400, message, param=field, code="invalid_value")
     if field == "response_format":
         message = "response_format: only b64_json is supported; this server returns no URLs"
+        return APIError(400, message, param=field, code="invalid_value")
+    if field.startswith("adapters") and error["type"] in ("list_type", "model_type"):
+        message = (
+            f'{field}: must be a list such as [{{"name": "styles@3", "scale": 0.7}}]; in a form, as JSON'
+        )
         return APIError(400, message, param=field, code="invalid_value")
     where = f"{field}: " if field else ""
     return APIError(400, where + error["msg"], param=field or None, code="invalid_value")

@@ -106,6 +106,7 @@ class ServeConfig(Section):
     models: list[ModelName | Literal["*"]] = Field(
         [], description="other registered models of the same base that may be requested, by name; *: all"
     )
+    max_adapters: Positive = Field(8, description="maximum LoRA versions that a request may combine")
     adapter_mb: Positive = Field(1024, description="memory for adapters per replica, in MiB")
     prompt_mb: Positive = Field(256, description="memory for prompt embeddings per replica, in MiB")
     follow_s: float = Field(

@@ -8,6 +8,7 @@ import sqlite3
 from typing import Any
 
 from sqlalchemy import (
+    JSON,
     CheckConstraint,
     Column,
     Connection,
@@ -38,7 +39,7 @@ from ray_jobs.config import Config, ConfigError
 from ray_jobs.run.folder import SharedFolder
 
 FILE = "feedback.db"  # in the storage folder
-SCHEMA = 3  # increased, with a migration, whenever the tables change
+SCHEMA = 4  # increased, with a migration, whenever the tables change
 BUSY_S = 30  # how long one SQLite writer waits for another, in seconds
 LOCK = 0xD1FF_FEED  # PostgreSQL's advisory lock of whoever creates the tables
 ID = String(28)
@@ -60,6 +61,7 @@ generations = Table(
     Column("model", Text, nullable=False),
     Column("version", Integer, nullable=False),
     Column("adapter", Text),
+    Column("adapters", JSON(none_as_null=True)),
     Column("prompt", Text, nullable=False),
     Column("negative_prompt", Text),  # NULL: none was given
     Column("seed", BigInteger, nullable=False),
@@ -108,6 +110,7 @@ MIGRATIONS = {
         "ALTER TABLE generations RENAME COLUMN negative_or_null TO negative_prompt",
     ),
     3: ("ALTER TABLE generations ADD COLUMN num_references INTEGER",),
+    4: ("ALTER TABLE generations ADD COLUMN adapters JSON",),
 }
 
 UPSERT: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}

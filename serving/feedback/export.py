@@ -26,6 +26,7 @@ PARAMETERS = (
     "model",
     "version",
     "adapter",
+    "adapters",
     "negative_prompt",
     "seed",
     "steps",

@@ -14,7 +14,7 @@ TIMEOUT_S = 300
 TRIES = 6  # maximum tries of a request that gets 429 or 503
 LONGEST_WAIT_S = 60.0
 # Provenance fields that must match for the reproduced image to be the rated one.
-SAME = ("model", "version", "adapter", "seed", "steps", "guidance_scale", "size")
+SAME = ("model", "version", "adapter", "adapters", "seed", "steps", "guidance_scale", "size")
 
 
 class Unavailable(Exception):
@@ -46,6 +46,9 @@ class Replayer:
         body = {name: getattr(generation, name) for name in wanted} | {"n": 1}
         version = f"@{generation.version}" if generation.version else ""
         body["model"] = f"{generation.model}{version}"
+        if generation.adapters is not None:  # recorded with the beginning of their digests
+            adapters = [(str(each["name"]), each["scale"]) for each in generation.adapters]
+            body["adapters"] = [{"name": name.partition("#")[0], "scale": s} for name, s in adapters]
         if generation.negative_prompt is not None:
             body["negative_prompt"] = generation.negative_prompt
         [picture] = self._ask(body)["data"]

@@ -28,6 +28,10 @@ class Generation(BaseModel):
     model: str = Field(description="name in GET /v1/models")
     version: int = Field(description="of the model registry; 0: the base alone")
     adapter: str | None = None
+    adapters: list[dict[str, str | float]] | None = Field(
+        None,
+        description="of a picture of several or scaled adapters: the `name` and `scale` of each, in order",
+    )
     prompt: str
     negative_prompt: str | None = Field(None, description="null: none was given, which is not the empty one")
     seed: int

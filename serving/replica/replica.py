@@ -27,6 +27,7 @@ from serving.messages import (
     Placement,
     ReplicaLoad,
     RoutedRequest,
+    adapter_name,
     base_of,
     label,
     placement_of,
@@ -214,7 +215,10 @@ class Model:
         if routed.image is not None or routed.references:
             async with self._decoding:
                 request = await asyncio.to_thread(_with_pixels, routed, thread)
-        zero_terminal_snr = routed.version is not None and routed.version.zero_terminal_snr
+        for each in routed.adapters:
+            self._versions[adapter_name(each)] = each
+        versions = (*filter(None, [routed.version]), *routed.adapters)
+        zero_terminal_snr = any(each.zero_terminal_snr for each in versions)
         return replace(request, adapter=adapter, zero_terminal_snr=zero_terminal_snr)
 
     @asynccontextmanager

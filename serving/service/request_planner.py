@@ -9,8 +9,8 @@ from dataclasses import replace
 from ray_jobs.config import ServeConfig
 from ray_jobs.registry.models import CANDIDATE, CHAMPION, RegisteredModel
 from serving.feedback.schemas import new_image_id
-from serving.messages import BASE, RoutedRequest, label
-from serving.request import Request
+from serving.messages import BASE, RoutedRequest, adapter_name, label
+from serving.request import Request, ScaledAdapter
 from serving.schemas import (
     MAX_SEED,
     STRENGTH,
@@ -80,7 +80,8 @@ class RequestPlanner:
             raise APIError(400, "n: must be 1 with stream: true", "n", "invalid_value")
         context.prompt = request.prompt
         user = request.user or context.key
-        version = await self.find(request.model, user)
+        adapters = await self._adapters(request, user)
+        version = None if adapters else await self.find(request.model, user)
         width, height = await self._pixels(request.size)
         strength: float | None = None
         references: tuple[bytes, ...] = ()
@@ -93,12 +94,16 @@ class RequestPlanner:
             request.prompt,
             seed,
             steps,
-            request.guidance_scale or self._usual_guidance(version),
+            request.guidance_scale or self._usual_guidance(adapters[0] if adapters else version),
             request.negative_prompt,
             height,
             width,
             previews=min(request.partial_images, steps - 1),  # there are no more intermediate images
             strength=strength or 1.0,
+            adapters=tuple(
+                ScaledAdapter(adapter_name(each), chosen.scale)
+                for each, chosen in zip(adapters, request.adapters or (), strict=True)
+            ),
         )
         routed = RoutedRequest(
             version,
@@ -110,6 +115,7 @@ class RequestPlanner:
             scored=not images and version in (self.catalogue.champion, self.catalogue.candidate),
             asked=time.time(),
             fused=self.settings.fuse_champion and version == self.catalogue.champion,
+            adapters=adapters,
         )
         context.steps, context.n = steps, request.n
         self._name(version, context)
@@ -118,6 +124,36 @@ class RequestPlanner:
             routed._replace(request=replace(first, seed=(seed + i) % (MAX_SEED + 1)), image_id=new_image_id())
             for i in range(request.n)
         ]
+
+    async def _adapters(self, request: ImageRequest, user: str | None) -> tuple[RegisteredModel, ...]:
+        """Return the LoRA versions that a request combines; none if it names a model.
+
+        Raises:
+            APIError: 400, a name is unknown, no LoRA version's, or given twice; or a model is named as well.
+        """
+        if request.adapters is None:
+            return ()
+        if request.model not in (None, BASE):
+            reason = "leave it out beside adapters, which lists all that is applied to the base"
+            raise APIError(400, f"model: {reason}", "model", "invalid_value")
+        if self.settings.compile:
+            reason = "not supported by a server with serve.compile"
+            raise APIError(400, f"adapters: {reason}", "adapters", "unsupported_parameter")
+        found: list[RegisteredModel] = []
+        for number, chosen in enumerate(request.adapters):
+            field, reason = f"adapters.{number}.name", ""
+            try:
+                version = await self.find(chosen.name, user)
+            except APIError as error:
+                raise APIError(400, f"{field}: {error.message}", field, error.code) from None
+            if version is None or version.method != "lora":
+                reason = f"{chosen.name!r} is no LoRA version; request it as model, without adapters"
+            elif version in found:
+                reason = f"{label(version)} is listed twice; add its scales"
+            if version is None or reason:
+                raise APIError(400, f"{field}: {reason}", field, "invalid_value")
+            found.append(version)
+        return tuple(found)
 
     def _usual_guidance(self, version: RegisteredModel | None) -> float:
         """Return the default guidance scale: the configured one, else the one the version was scored with.

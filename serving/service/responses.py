@@ -10,11 +10,17 @@ from dataclasses import replace
 from serving.feedback.schemas import Generation, new_image_id
 from serving.feedback.store import FeedbackStore
 from serving.messages import Picture, RoutedRequest, label
-from serving.schemas import ImageData
+from serving.schemas import AdapterChoice, ImageData
 from serving.service.metrics import Metrics
 from serving.service.request_context import RequestContext
 from serving.service.routing import Catalogue
 from serving.service.shadow import Shadow, Shadowed
+
+
+def choices_of(routed: RoutedRequest) -> list[AdapterChoice] | None:
+    """Return the adapters of a request as its answer names them."""
+    chosen = zip(routed.adapters, routed.request.adapters, strict=True)
+    return [AdapterChoice(name=label(each), scale=scaled.scale) for each, scaled in chosen] or None
 
 
 class Delivery:

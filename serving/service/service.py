@@ -28,7 +28,7 @@ from serving.service.registry_watcher import RegistryWatcher
 from serving.service.replica_client import ReplicaClient
 from serving.service.request_context import RequestContext
 from serving.service.request_planner import RequestPlanner
-from serving.service.responses import Delivery
+from serving.service.responses import Delivery, choices_of
 from serving.service.rollout import RolloutStatus, ShadowCounts, withdraw
 from serving.service.routing import Catalogue
 from serving.service.shadow import Shadow
@@ -110,6 +110,7 @@ class Service:
             created=int(time.time()),
             data=data,
             model=label(planned[0].version),
+            adapters=choices_of(planned[0]),
             size=pictures[0].size,
         )
 
@@ -150,6 +151,7 @@ class Service:
             b64_json=data.b64_json,
             seed=data.seed,
             model=label(planned.version),
+            adapters=choices_of(planned),
             created_at=int(time.time()),
             size=picture.size,
         )

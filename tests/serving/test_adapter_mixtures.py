@@ -1,5 +1,6 @@
 """Several adapters in one request: the picture is that of diffusers after `set_adapters` in that order."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,14 +48,18 @@ def plain_with(model: Path, mixture: Mixture, adapters: dict[str, Path]) -> Any:
     """diffusers' pipeline with a mixture, whose adapters of scale 0 are left out."""
     pipeline, active = plain_diffusers.load(model), [each for each in mixture if each.scale]
     for each in active:
-        # A name of an adapter is part of a module's, which has no blanks.
         pipeline.load_lora_weights(
-            str(adapters[each.name]), weight_name=LORA_WEIGHTS, adapter_name=each.name.replace(" ", "_")
+            str(adapters[each.name]), weight_name=LORA_WEIGHTS, adapter_name=_in_peft(each.name)
         )
     if active:
-        names = [each.name.replace(" ", "_") for each in active]
+        names = [_in_peft(each.name) for each in active]
         pipeline.set_adapters(names, [each.scale for each in active])
     return pipeline
+
+
+def _in_peft(name: str) -> str:
+    """A name that may be part of a module's."""
+    return re.sub(r"\W", "_", name)
 
 
 @pytest.mark.parametrize("num_cores", [None, 2])

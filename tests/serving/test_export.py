@@ -122,6 +122,7 @@ def test_a_pair_has_all_that_draws_it_again_and_nothing_of_who_asked(
         "model": "served",
         "version": 3,
         "adapter": "fox",
+        "adapters": None,
         "negative_prompt": "blur",
         "seed": 8,
         "steps": 4,
