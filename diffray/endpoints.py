@@ -95,10 +95,13 @@ class Endpoint:
 
         Raises:
             OSError: a path cannot be read.
+            TypeError: `stream` or `response_format` is given, which say how a program gets the pictures.
             EndpointError: the endpoint does not answer, or refuses the request, with its message.
         """
         from PIL import Image
 
+        if of_programs := {"stream", "response_format"}.intersection(fields):
+            raise TypeError(f"{', '.join(sorted(of_programs))}: leave out; draw returns the pictures")
         given = [images] if isinstance(images, str | os.PathLike | bytes | Image.Image) else images
         files = [_file_of(image) for image in given]
         body = {"prompt": prompt, "n": n, **({} if seed is None else {"seed": seed}), **fields}

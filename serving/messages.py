@@ -1,11 +1,11 @@
 """Messages between the ingress and the replicas. No PyTorch, which the ingress does not import."""
 
-import struct
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
 from ray_jobs.config import resolve_path
 from ray_jobs.registry.models import RegisteredModel
+from serving.encoding import Output
 from serving.load import DriftScores, EngineLoad
 from serving.request import Request
 
@@ -47,6 +47,7 @@ class RoutedRequest(NamedTuple):
     asked: float = 0.0  # time of the request, seconds since 1970
     fused: bool = False  # True: a LoRA version is served by its own engine, merged into the base
     adapters: tuple[RegisteredModel, ...] = ()  # LoRA versions of the request's `adapters`, in their order
+    output: Output = Output()  # the file that the client wants
 
     def parameters(self, size: str) -> ImageParameters:
         """Return the image's parameters.
@@ -74,14 +75,9 @@ class RoutedRequest(NamedTuple):
 class Picture(NamedTuple):
     """A replica's answer: a finished image or a preview."""
 
-    png: bytes
+    file: bytes  # of the request's `output`
+    size: str  # width x height in pixels
     waited_s: float | None = None  # seconds from the request's arrival to its first step; None: a preview
-
-    @property
-    def size(self) -> str:
-        """Return width x height in pixels, from the file's header."""
-        width, height = struct.unpack(">II", self.png[16:24])
-        return f"{width}x{height}"
 
 
 class BaseTraits(NamedTuple):

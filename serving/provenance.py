@@ -21,6 +21,8 @@ CHUNK = "diffray"
 TOOLS_CHUNK = "parameters"
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_FACTS = 1 << 18  # maximum bytes of JSON that are read
+DESCRIPTION, DETAILS, COMMENT = 0x010E, 0x8769, 0x9286  # EXIF: ImageDescription, its Exif IFD, UserComment
+MAX_EXIF = 2**16 - 2 - len("Exif\0\0")  # bytes in a JPEG's segment
 MAX_CHUNKS = 64  # maximum chunks read before the pixels; ours are among the first
 
 
@@ -77,6 +79,20 @@ def encode_png(pixels: np.ndarray, facts: Mapping[str, object] | None) -> bytes:
     return file.getvalue()
 
 
+def exif_of(facts: Mapping[str, object]) -> bytes:
+    """Return EXIF for a JPEG or WebP file: the facts as JSON in ImageDescription, the line for image tools in
+    UserComment. Prompts that do not fit into the 64 KiB that a JPEG has for it are left out."""
+    from PIL import Image
+
+    for kept in (facts, {name: value for name, value in facts.items() if "prompt" not in name}):
+        exif = Image.Exif()
+        exif[DESCRIPTION] = json.dumps(kept, allow_nan=False)
+        exif.get_ifd(DETAILS)[COMMENT] = b"UNICODE\0" + parameters_line(kept).encode("utf-16-be")
+        if len(content := exif.tobytes()) <= MAX_EXIF:
+            break
+    return content
+
+
 def parameters_line(facts: Mapping[str, object]) -> str:
     """Format facts as image tools do: the prompt, the negative prompt, and one line of settings."""
     labels = {
@@ -103,22 +119,38 @@ def parameters_line(facts: Mapping[str, object]) -> str:
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode("utf-8")
 
 
-def read_provenance(png: bytes) -> dict[str, Any] | None:
-    """Read the facts that `encode_png` wrote; return None if they are missing or damaged.
+def read_provenance(file: bytes) -> dict[str, Any] | None:
+    """Read the facts in a served PNG, JPEG or WebP; return None if they are missing or damaged.
 
-    Safe for untrusted files: nothing is decompressed, no pixels are decoded, and at most `MAX_FACTS` bytes of
-    JSON are read.
+    Safe for untrusted files: no pixels are decoded, of a PNG nothing is decompressed, and at most `MAX_FACTS`
+    bytes of JSON are read.
     """
+    text = _text_in_png(file) if file.startswith(SIGNATURE) else _text_in_exif(file)
+    try:
+        facts = json.loads(text) if text and len(text) <= MAX_FACTS else None
+    # RecursionError: JSON nested thousands of levels deep.
+    except (ValueError, RecursionError):
+        return None
+    return facts if isinstance(facts, dict) else None
+
+
+def _text_in_png(png: bytes) -> str | None:
     for kind, data in _chunks(png):
         keyword, _, text = data.partition(b"\0")
-        if kind == b"tEXt" and keyword == CHUNK.encode() and len(text) <= MAX_FACTS:
-            try:
-                facts = json.loads(text.decode("ascii"))
-            # RecursionError: JSON nested thousands of levels deep.
-            except (ValueError, RecursionError):
-                return None
-            return facts if isinstance(facts, dict) else None
+        if kind == b"tEXt" and keyword == CHUNK.encode():
+            return text.decode("ascii", "replace")
     return None
+
+
+def _text_in_exif(file: bytes) -> str | None:
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(file), formats=("JPEG", "WEBP")) as image:
+            text = image.getexif().get(DESCRIPTION)
+    except (OSError, SyntaxError, ValueError):  # what Pillow raises for damaged and other files
+        return None
+    return text if isinstance(text, str) else None
 
 
 def _chunks(png: bytes) -> Iterator[tuple[bytes, bytes]]:

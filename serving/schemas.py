@@ -8,12 +8,13 @@ nobody believes it did something; null, "auto" and values that change nothing ar
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 from pydantic_core import ErrorDetails
 
 from ray_jobs.config import ServeConfig
+from serving.encoding import Format
 
 MAX_SEED = 2**31 - 1
 STRENGTH = 0.8  # default of edits
@@ -31,22 +32,22 @@ class Unsupported(NamedTuple):
     neutral: tuple[str | int, ...] = ()
 
 
-STILL_PNG = "every image is a single PNG"
+STILL = "every image is a single PNG, JPEG or WebP; leave it out"
+STEPS_BY_QUALITY = {"low": 0.5, "medium": 1.0, "standard": 1.0, "high": 1.5, "hd": 1.5, "xhigh": 2.0}
+"""Factors of a server's default steps; `max` asks for the most steps that the server allows."""
+ShownQuality = Literal["low", "medium", "high", "xhigh", "max"]
+Quality = ShownQuality | Literal["standard", "hd"]
 UNSUPPORTED_FIELDS = {
-    "background": Unsupported("the model does not generate transparency", ("opaque",)),
-    "complexity": Unsupported("the model has no planning phase; request more steps"),
-    "frame_count": Unsupported(STILL_PNG),
-    "frame_duration_ms": Unsupported(STILL_PNG),
-    "input_fidelity": Unsupported("strength sets how far the image may change", ("low",)),
-    "markup": Unsupported("the whole image is regenerated; strength sets how far it may change"),
+    "background": Unsupported("the model generates no transparency; send opaque or auto", ("opaque",)),
+    "complexity": Unsupported("the model has no planning phase; send quality or steps instead"),
+    "frame_count": Unsupported(STILL),
+    "frame_duration_ms": Unsupported(STILL),
+    "input_fidelity": Unsupported("send a smaller strength, which keeps more of the image", ("low",)),
+    "markup": Unsupported("send a mask of what is to change instead, and what it is to be in the prompt"),
     "mask": Unsupported("this model, or a request without an image, draws the whole image"),
-    "moderation": Unsupported("this server applies its own safety checker to every image"),
-    # A form sends text where JSON has a number.
-    "output_compression": Unsupported("PNG has no lossy compression", (100, "100")),
-    "output_format": Unsupported("images are always PNG", ("png",)),
-    "quality": Unsupported("request more or fewer steps", ("standard",)),
-    "style": Unsupported("the model's style comes from its training images"),
-    "svg": Unsupported(STILL_PNG),
+    "moderation": Unsupported("the server's own safety checker sees every image; send auto"),
+    "style": Unsupported("write the style into the prompt, or choose a model or adapters that have it"),
+    "svg": Unsupported(STILL),
 }
 
 # OpenAI's clients (3.52) retry a request, twice by default, on 408, 409, 429 and all statuses from 500 on,
@@ -122,7 +123,21 @@ class ImageRequest(BaseModel):
         pattern=r"^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$",
         description="Width x height in pixels, for example 64x64. Default: the model's own size.",
     )
-    response_format: Literal["b64_json"] = Field("b64_json", description="PNG, base64-encoded.")
+    response_format: Literal["b64_json", "url"] = Field(
+        "b64_json", description="The file in base64, or an address at which it can be fetched for a while."
+    )
+    output_format: Format = Field("png", description="Kind of the file.")
+    output_compression: int = Field(
+        100,
+        ge=0,
+        le=100,
+        description="Quality of a JPEG or WebP file, in percent; PNG, and WebP at 100, are lossless.",
+    )
+    quality: Quality | None = Field(
+        None,
+        description="Number of steps relative to the default, instead of `steps`: half of it for low, 1.5 "
+        "times for high, twice for xhigh, and for max the most that are allowed.",
+    )
     stream: bool = Field(False, description="Send server-sent events; requires n = 1.")
     partial_images: int = Field(0, ge=0, le=3, description="Number of previews; requires stream.")
     negative_prompt: str | None = Field(None, description="Text that describes what to avoid.")
@@ -152,9 +167,9 @@ class ImageRequest(BaseModel):
         empty."""
         if not isinstance(body, dict):
             return body
-        kept = {}
+        kept: dict[object, object] = {}
         for field, value in body.items():
-            if value is None or (value == "auto" and field in (*UNSUPPORTED_FIELDS, "size")):
+            if value is None or (value == "auto" and field in (*UNSUPPORTED_FIELDS, "size", "quality")):
                 continue
             if field in UNSUPPORTED_FIELDS and value in UNSUPPORTED_FIELDS[field].neutral:
                 continue
@@ -165,6 +180,16 @@ class ImageRequest(BaseModel):
             with suppress(json.JSONDecodeError):  # the field's own check names it
                 kept["adapters"] = json.loads(text)
         return kept
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if self.output_format == "png" and self.output_compression != 100:
+            raise ValueError("output_compression: a PNG is lossless; send output_format jpeg or webp")
+        if self.quality and self.steps:
+            raise ValueError("quality: chooses the number of steps; send either quality or steps")
+        if self.response_format == "url" and self.stream:
+            raise ValueError("response_format: a stream sends b64_json; leave out url, or stream")
+        return self
 
 
 class EditRequest(ImageRequest):
@@ -182,6 +207,21 @@ class EditRequest(ImageRequest):
     )
 
 
+class VariationRequest(EditRequest):
+    """Fields of the form of POST /v1/images/variations, beside the image."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": []})
+
+    prompt: str = Field("", description="Text that describes the variations.")
+    strength: float = Field(
+        STRENGTH,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="How far the image may change, up to 1: completely.",
+    )
+
+
 Limited = TypeVar("Limited", bound=ImageRequest)
 
 
@@ -189,22 +229,24 @@ def limited(request: type[Limited], settings: ServeConfig) -> type[Limited]:
     """Return a request model with the configuration's limits, for validation and the OpenAPI document."""
     length = settings.max_prompt_length
     fields: dict[str, Any] = {
-        "prompt": (str, _narrowed("prompt", max_length=length)),
-        "negative_prompt": (str | None, _narrowed("negative_prompt", max_length=length)),
-        "n": (int, _narrowed("n", le=settings.max_pictures)),
+        "prompt": (str, _narrowed(request, "prompt", max_length=length)),
+        "negative_prompt": (str | None, _narrowed(request, "negative_prompt", max_length=length)),
+        "n": (int, _narrowed(request, "n", le=settings.max_pictures)),
         "adapters": (
             list[AdapterChoice] | None,
-            _narrowed("adapters", min_length=1, max_length=settings.max_adapters),
+            _narrowed(request, "adapters", min_length=1, max_length=settings.max_adapters),
         ),
-        "steps": (int | None, _narrowed("steps", le=settings.max_steps)),
+        "steps": (int | None, _narrowed(request, "steps", le=settings.max_steps)),
     }
     return create_model(request.__name__, __base__=request, __doc__=request.__doc__, **fields)
 
 
-def _narrowed(name: str, **limits: Any) -> Any:
-    """Return a field of ImageRequest with tighter limits."""
-    field = ImageRequest.model_fields[name]
-    lower: dict[str, Any] = {"min_length": 1} if name == "prompt" else {"ge": 1} if "le" in limits else {}
+def _narrowed(request: type[ImageRequest], name: str, **limits: Any) -> Any:
+    """Return a field of a request with tighter limits."""
+    field = request.model_fields[name]
+    lower: dict[str, Any] = {"ge": 1} if "le" in limits else {}
+    if name == "prompt" and field.is_required():
+        lower = {"min_length": 1}
     default = ... if field.is_required() else field.default
     return Field(default, description=field.description, **lower, **limits)
 
@@ -215,11 +257,19 @@ def width_and_height(size: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
+def shown_quality(request: ImageRequest) -> ShownQuality | None:
+    """Return a request's quality as answers name it, by OpenAI's newer names."""
+    if request.quality == "standard":
+        return "medium"
+    return "high" if request.quality == "hd" else request.quality
+
+
 class ImageData(BaseModel):
     """One generated image."""
 
     id: str = Field(pattern="^img-[0-9a-f]{24}$", description="Id of the image, for POST /v1/feedback.")
-    b64_json: str = Field(description="PNG, base64-encoded.")
+    b64_json: str | None = Field(None, description="The file in base64, unless response_format is url.")
+    url: str | None = Field(None, description="Address of the file, if response_format is url.")
     revised_prompt: None = Field(None, description="Always null: prompts are used unchanged.")
     seed: int = Field(description="Seed that reproduces this image with n = 1.")
 
@@ -234,7 +284,12 @@ class ImageResponse(BaseModel):
         None, description="With `model` base: the versions that were combined, each as name@version."
     )
     size: str = Field(description="Width x height in pixels.")
-    output_format: Literal["png"] = "png"
+    background: Literal["opaque"] = "opaque"
+    output_format: Format = "png"
+    quality: ShownQuality | None = Field(
+        None, description="As requested; standard is medium, and hd is high."
+    )
+    safety_identifier: str | None = Field(None, description="The request's, or its `user`.")
 
 
 class Usage(BaseModel):
@@ -249,12 +304,12 @@ class Usage(BaseModel):
 class PictureEvent(BaseModel):
     """Fields of both kinds of image events."""
 
-    b64_json: str = Field(description="PNG, base64-encoded.")
+    b64_json: str = Field(description="The file in base64.")
     created_at: int = Field(description="Unix time in seconds.")
     size: str = Field(description="Width x height in pixels.")
-    quality: Literal["auto"] = "auto"
+    quality: ShownQuality | Literal["auto"] = "auto"
     background: Literal["opaque"] = "opaque"
-    output_format: Literal["png"] = "png"
+    output_format: Format = "png"
 
 
 class PartialImageEvent(PictureEvent):
@@ -349,9 +404,10 @@ def invalid_request(error: ErrorDetails) -> APIError:
     if error["type"] == "string_pattern_mismatch" and field == "size":
         message = "size: must be width x height in pixels, for example 64x64"
         return APIError(400, message, param=field, code="invalid_value")
-    if field == "response_format":
-        message = "response_format: only b64_json is supported; this server returns no URLs"
-        return APIError(400, message, param=field, code="invalid_value")
+    if error["type"] == "value_error" and not field:  # of several fields, the first of which is named
+        message = error["msg"].removeprefix("Value error, ")
+        name = message.partition(":")[0]
+        return APIError(400, message, param=name if name.isidentifier() else None, code="invalid_value")
     if field.startswith("adapters") and error["type"] in ("list_type", "model_type"):
         message = (
             f'{field}: must be a list such as [{{"name": "styles@3", "scale": 0.7}}]; in a form, as JSON'

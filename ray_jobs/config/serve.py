@@ -96,6 +96,14 @@ class ServeConfig(Section):
     max_side: Positive | None = Field(
         None, description="maximum length of an image's longer side, in pixels; empty: twice the model's own"
     )
+    url_minutes: Positive = Field(
+        60, description="how long a picture can be fetched that was requested with response_format: url"
+    )
+    public_url: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s?#]+$",
+        description="address of the endpoint in answers, behind a proxy; empty: as the client reached it",
+    )
     max_body_mb: Positive = Field(16, description="maximum size of a request body, in MiB")
 
     keys: str | None = Field(None, description="file of API keys, made by python -m serving.keys")

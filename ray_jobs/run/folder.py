@@ -80,6 +80,11 @@ class RunFolder:
         return self.root.child("shadow")
 
     @property
+    def pictures(self) -> Storage:
+        """Served pictures that clients fetch by an address, until it expires."""
+        return self.root.child("pictures")
+
+    @property
     def autoencoder(self) -> Storage:
         """Trained autoencoder of a new base model."""
         return self.root.child("autoencoder")

@@ -16,6 +16,7 @@ from sqlalchemy import (
     Engine,
     ForeignKey,
     Integer,
+    LargeBinary,
     MetaData,
     SmallInteger,
     String,
@@ -98,6 +99,14 @@ votes = Table(
     Column("loser_id", ID, ForeignKey(generations.c.image_id), nullable=False),
     Column("comment", Text),
     Column("created", Double, nullable=False),
+)
+
+# Random keys of what this endpoint signs, made by the first process that needs them.
+secrets = Table(
+    "secrets",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("value", LargeBinary, nullable=False),
 )
 
 # By the version that they lead to; both databases support these statements.

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from secrets import token_bytes
 from typing import NamedTuple
 
 from sqlalchemy import ColumnElement, Engine, Executable, Table, case, func, select
@@ -17,7 +18,15 @@ from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from ray_jobs.config import Config
-from serving.feedback.database import UPSERT, feedback_url, generations, open_database, ratings, votes
+from serving.feedback.database import (
+    UPSERT,
+    feedback_url,
+    generations,
+    open_database,
+    ratings,
+    secrets,
+    votes,
+)
 from serving.feedback.schemas import FeedbackRequest, FeedbackResponse, Generation
 from serving.schemas import APIError
 
@@ -212,6 +221,21 @@ class FeedbackStore:
             FeedbackTally(*version, *(counts.get(name, 0) for name in wanted))
             for version, counts in sorted(counts_by_version.items())
         ]
+
+    def secret(self, name: str) -> bytes:
+        """Return a random key of 32 bytes that all processes with this database share; made at its first use.
+
+        Raises:
+            APIError: 503, the database does not answer.
+        """
+        made = self._upsert(secrets).values(name=name, value=token_bytes(32)).on_conflict_do_nothing()
+        try:
+            with self._engine.begin() as connection:
+                connection.execute(made)
+                value = connection.execute(select(secrets.c.value).where(secrets.c.name == name))
+                return bytes(value.scalar_one())
+        except SQLAlchemyError as error:
+            raise _unavailable() from error
 
     def close(self) -> None:
         """Write the queued generations, and close the store; nothing can be recorded afterwards. May be

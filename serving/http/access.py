@@ -23,6 +23,7 @@ from serving.service.metrics import Metrics
 from serving.service.request_context import ANONYMOUS
 
 PUBLIC = frozenset({"/", "/healthz", "/readyz", "/openapi.json"})
+PICTURES = "/v1/pictures/"  # whose addresses are signed
 PROBES = frozenset({"/healthz", "/readyz", "/metrics"})  # requested all the time: logged at debug level only
 # Browsers send these values with forms that other sites submit to this address (W3C, Fetch Metadata).
 OTHER_SITES = frozenset({"cross-site", "same-site"})
@@ -32,7 +33,7 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 def needed_scope(path: str, public_folders: tuple[str, ...] = ()) -> str | None:
     """Return the scope that a path requires; None for public paths. Unknown paths require `admin`."""
-    if path in PUBLIC or path.startswith(public_folders):
+    if path in PUBLIC or path.startswith((PICTURES, *public_folders)):
         return None
     if path.startswith(("/v1/admin", "/v1/rollout")) or not path.startswith("/v1/"):
         return "admin"

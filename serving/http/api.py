@@ -1,6 +1,7 @@
 """The endpoint's HTTP API: OpenAI's Images API, probes, and operator routes."""
 
 import json
+import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
+from serving.encoding import MEDIA_TYPES
 from serving.http.access import needed_scope
 from serving.http.asgi_exchange import context_of
 from serving.http.feedback import feedback_router
@@ -30,10 +32,12 @@ from serving.schemas import (
     ModelCard,
     ModelList,
     Readiness,
+    VariationRequest,
     invalid_request,
     limited,
 )
 from serving.service.metrics import CONTENT_TYPE
+from serving.service.picture_links import PATH as PICTURES_PATH
 from serving.service.request_context import RequestContext
 from serving.service.rollout import RolloutStatus
 from serving.service.service import Service
@@ -46,6 +50,12 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
+PICTURE_HEADERS = {
+    "Access-Control-Allow-Origin": "*",  # the address is the permission, for pages of any site
+    "Content-Security-Policy": "default-src 'none'; sandbox",
+    "Cross-Origin-Resource-Policy": "cross-origin",
+    "X-Content-Type-Options": "nosniff",
+}
 IMAGE_FIELDS = ("image", "image[]")  # of an edit; OpenAI's clients send lists by the second name
 MASK_FIELD = "mask"
 Responses = dict[int | str, dict[str, Any]]  # by status, as FastAPI takes them
@@ -54,7 +64,8 @@ ERROR_DESCRIPTIONS = {
     400: "A field is invalid; `param` names it.",
     401: "The API key is missing or invalid.",
     403: "The key lacks the required scope.",
-    404: "The model does not exist.",
+    404: "The model or the picture does not exist.",
+    410: "The address has expired.",
     413: "The body is too large.",
     429: "A limit of this client is reached; retry after Retry-After seconds.",
     500: "Image generation failed.",
@@ -77,6 +88,7 @@ def create_api(service: Service) -> FastAPI:
     api.add_exception_handler(RequestValidationError, _answer_invalid)
     api.add_exception_handler(HTTPException, _answer_http)
     _add_drawing(api, service)
+    _add_pictures(api, service)
     _add_operation(api, service)
     api.include_router(feedback_router(lambda: service.feedback, _key_id))
     _add_page(api)
@@ -89,7 +101,7 @@ def _add_drawing(api: FastAPI, service: Service) -> None:
 
     async def generate(body: ImageRequest, request: Request) -> Response:
         """Generate `n` images from a prompt; with `stream`, one image after its previews."""
-        context = context_of(request.scope)
+        context = _context(request)
         if not body.stream:
             return _json(await service.generate(body, context))
         return await EventStream.of(service.stream(body, context), context)
@@ -97,14 +109,25 @@ def _add_drawing(api: FastAPI, service: Service) -> None:
     async def edit(request: Request) -> Response:
         """Generate `n` images from those in `image`: references, or one to paint into or begin with."""
         body, images, mask = await _edit_of(request, fields_of_edits)
-        context = context_of(request.scope)
+        context = _context(request)
         if not body.stream:
             return _json(await service.generate(body, context, images, mask))
         return await EventStream.of(service.stream(body, context, images, mask), context)
 
+    async def vary(request: Request) -> Response:
+        """Generate `n` variations of an image: each begins with it."""
+        body, images, mask = await _edit_of(request, fields_of_variations)
+        if mask is not None:
+            raise APIError(400, "mask: send it to /v1/images/edits", MASK_FIELD, "unsupported_parameter")
+        context = _context(request)
+        if not body.stream:
+            return _json(await service.generate(body, context, images))
+        return await EventStream.of(service.stream(body, context, images), context)
+
     # So that FastAPI checks and documents the limits.
     generate.__annotations__["body"] = limited(ImageRequest, service.settings)
     fields_of_edits = limited(EditRequest, service.settings)
+    fields_of_variations = limited(VariationRequest, service.settings)
     names = [f"{kind}.{stage}" for kind in KINDS for stage in ("partial_image", "completed")]
     event = {
         "type": "object",
@@ -120,8 +143,12 @@ def _add_drawing(api: FastAPI, service: Service) -> None:
         **_errors(400, 404, 413, 429, 500, 503, 504),
     }
     api.post("/v1/images/generations", responses=responses)(generate)
-    form = {"required": True, "content": {"multipart/form-data": {"schema": _form(fields_of_edits)}}}
-    api.post("/v1/images/edits", responses=responses, openapi_extra={"requestBody": form})(edit)
+    for path, fields, route in (
+        ("edits", fields_of_edits, edit),
+        ("variations", fields_of_variations, vary),
+    ):
+        form = {"required": True, "content": {"multipart/form-data": {"schema": _form(fields)}}}
+        api.post(f"/v1/images/{path}", responses=responses, openapi_extra={"requestBody": form})(route)
 
     @api.get("/v1/models")
     async def models() -> ModelList:
@@ -149,6 +176,27 @@ def _add_drawing(api: FastAPI, service: Service) -> None:
             )
             for offer in service.catalogue.offers()
         ]
+
+
+def _add_pictures(api: FastAPI, service: Service) -> None:
+    """Add the route at which clients fetch pictures that they requested as addresses."""
+    file = {"schema": {"type": "string", "format": "binary"}}
+    content = dict.fromkeys(MEDIA_TYPES.values(), file)
+
+    @api.get(
+        f"/{PICTURES_PATH}/{{hour}}/{{file}}",
+        response_class=Response,
+        responses={200: {"content": content}, **_errors(404, 410, 503)},
+    )
+    def picture(hour: str, file: str, expires: int = 0, signature: str = "") -> Response:
+        """Return a picture, by the address in an answer, which needs no key."""
+        found = service.links.read(f"{hour}/{file}", expires, signature)
+        kind = MEDIA_TYPES[file.rpartition(".")[2]]
+        headers = {
+            **PICTURE_HEADERS,
+            "Cache-Control": f"private, max-age={max(0, expires - int(time.time()))}",
+        }
+        return Response(found, media_type=kind, headers=headers)
 
 
 def _add_operation(api: FastAPI, service: Service) -> None:
@@ -195,6 +243,13 @@ class PageFiles(StaticFiles):
         response = super().file_response(*args, **kwargs)
         response.headers.update(PAGE_HEADERS)
         return response
+
+
+def _context(request: Request) -> RequestContext:
+    """Return a request's context, with the address at which its client reached the application."""
+    context = context_of(request.scope)
+    context.base_url = str(request.base_url)
+    return context
 
 
 class EventStream(StreamingResponse):
@@ -278,13 +333,15 @@ def _form(model: type[EditRequest]) -> dict[str, object]:
         "minItems": 1,
         "description": "PNG, JPEG or WebP. Several references are several fields of this name, or `image[]`.",
     }
+    schema.setdefault("required", []).append("image")
+    if issubclass(model, VariationRequest):
+        return schema
     schema["properties"][MASK_FIELD] = {
         "type": "string",
         "format": "binary",
         "description": "For models that paint into masks: a PNG of the image's size, transparent where that "
         "is to be painted.",
     }
-    schema["required"].append("image")
     return schema
 
 

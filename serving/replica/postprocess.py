@@ -1,11 +1,12 @@
-"""Postprocess each image of a replica: safety check, drift monitoring, provenance, PNG encoding."""
+"""Postprocess each image of a replica: safety check, drift monitoring, provenance, encoding."""
 
 import numpy as np
 
 from ray_jobs.config import EvaluateConfig, ServeConfig
+from serving.encoding import Output, encode
 from serving.load import DriftScores
 from serving.messages import RoutedRequest, public_name
-from serving.provenance import encode_png, facts_of
+from serving.provenance import facts_of
 from serving.replica.drift_watch import DriftWatch
 from serving.replica.safety import load_checker
 from serving.schemas import APIError
@@ -28,7 +29,7 @@ class Postprocessor:
         self._drift = DriftWatch(evaluate, settings.drift_pictures) if settings.drift_pictures else None
 
     def picture(self, pixels: np.ndarray, routed: RoutedRequest) -> bytes:
-        """Encode a finished image, uint8, height x width x 3, as a PNG.
+        """Encode a finished image, uint8, height x width x 3, as the client wants it.
 
         Raises:
             APIError: the safety checker blocks the image, or failed.
@@ -36,12 +37,12 @@ class Postprocessor:
         sent = self._judged(pixels)
         if self._drift and routed.scored and routed.version:
             self._drift.add(routed.version, pixels, routed.request.prompt)
-        return encode_png(sent, self._facts(routed, sent) if self._provenance else None)
+        return encode(sent, self._facts(routed, sent) if self._provenance else None, routed.output)
 
-    def preview(self, pixels: np.ndarray) -> bytes | None:
-        """Encode a preview as a PNG; return None if the safety checker blocks it or fails."""
+    def preview(self, pixels: np.ndarray, output: Output) -> bytes | None:
+        """Encode a preview; return None if the safety checker blocks it or fails."""
         try:
-            return encode_png(self._judged(pixels), None)
+            return encode(self._judged(pixels), None, output)
         except APIError:
             return None
 

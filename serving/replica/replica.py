@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import ExitStack, asynccontextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -151,15 +152,18 @@ class Model:
                 raise RuntimeError(f"{name}: {failed} calls in a row failed, and no image was drawn")
 
     async def draw(self, routed: RoutedRequest) -> Picture:
-        """Generate one image as a PNG, batched with other requests. A client that disconnects cancels it.
+        """Generate one image, batched with other requests. A client that disconnects cancels it.
 
         Raises:
             APIError: the model does not support a parameter, which is named; 400 if the safety checker blocks
                 the image.
         """
         drawing = await self._drawing(routed)
-        png = await asyncio.to_thread(self._postprocess.picture, drawing.pixels.numpy(), routed)
-        return Picture(png, drawing.waited_s)
+        return await self._picture(drawing, routed)
+
+    async def _picture(self, drawing: "Drawing", routed: RoutedRequest) -> Picture:
+        file = await asyncio.to_thread(self._postprocess.picture, drawing.pixels.numpy(), routed)
+        return Picture(file, _size_of(drawing.pixels), drawing.waited_s)
 
     async def _drawing(self, routed: RoutedRequest) -> "Drawing":
         async with self._engine(routed.version, routed.fused) as (thread, adapter):
@@ -200,12 +204,11 @@ class Model:
             drawing.add_done_callback(lambda _: seen.put_nowait(None))
             try:
                 while (pixels := await seen.get()) is not None:
-                    preview = await asyncio.to_thread(self._postprocess.preview, pixels.numpy())
+                    show_as = partial(self._postprocess.preview, pixels.numpy(), routed.output)
+                    preview = await asyncio.to_thread(show_as)
                     if preview is not None:
-                        yield Picture(preview)
-                finished = drawing.result()
-                png = await asyncio.to_thread(self._postprocess.picture, finished.pixels.numpy(), routed)
-                yield Picture(png, finished.waited_s)
+                        yield Picture(preview, _size_of(pixels))
+                yield await self._picture(drawing.result(), routed)
             finally:
                 drawing.cancel()
 
@@ -395,6 +398,11 @@ def _submit(
     except RequestError as error:
         param = PARAMS.get(error.field, error.field)
         raise APIError(400, f"{param}: {error.reason}", param, "invalid_value") from error
+
+
+def _size_of(pixels: "torch.Tensor") -> str:
+    height, width = pixels.shape[:2]
+    return f"{width}x{height}"
 
 
 def _traits_of(thread: "EngineThread") -> BaseTraits:

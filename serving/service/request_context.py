@@ -16,6 +16,7 @@ class RequestContext:
         alias: the version's alias, champion or candidate.
         n: number of images.
         reason: code of the error that was answered.
+        base_url: address of the application, as the client reached it, with a slash at its end.
         stream_status: HTTP status of an error after a stream has begun with 200.
     """
 
@@ -29,6 +30,7 @@ class RequestContext:
     reason: str | None = None
     prompt: str | None = None
     stream_status: int | None = None
+    base_url: str = ""
 
     @property
     def key(self) -> str | None:

@@ -8,15 +8,18 @@ from dataclasses import replace
 
 from ray_jobs.config import ServeConfig
 from ray_jobs.registry.models import CANDIDATE, CHAMPION, RegisteredModel
+from serving.encoding import Output
 from serving.feedback.schemas import new_image_id
 from serving.messages import BASE, RoutedRequest, adapter_name, label
 from serving.request import Request, ScaledAdapter
 from serving.schemas import (
     MAX_SEED,
+    STEPS_BY_QUALITY,
     STRENGTH,
     APIError,
     EditRequest,
     ImageRequest,
+    VariationRequest,
     unsupported,
     width_and_height,
 )
@@ -89,7 +92,7 @@ class RequestPlanner:
         if isinstance(request, EditRequest):
             strength, references = await self._given(request, images, mask)
         seed = random.randint(0, MAX_SEED) if request.seed is None else request.seed
-        steps = request.steps or self.settings.default_steps
+        steps = request.steps or self._steps(request.quality)
         first = Request(
             request.prompt,
             seed,
@@ -116,6 +119,7 @@ class RequestPlanner:
             asked=time.time(),
             fused=self.settings.fuse_champion and version == self.catalogue.champion,
             adapters=adapters,
+            output=Output(request.output_format, request.output_compression),
         )
         context.steps, context.n = steps, request.n
         self._name(version, context)
@@ -124,6 +128,13 @@ class RequestPlanner:
             routed._replace(request=replace(first, seed=(seed + i) % (MAX_SEED + 1)), image_id=new_image_id())
             for i in range(request.n)
         ]
+
+    def _steps(self, quality: str | None) -> int:
+        """Return the number of steps of a request that names none."""
+        most, usual = self.settings.max_steps, self.settings.default_steps
+        if quality is None:
+            return usual
+        return most if quality == "max" else min(most, max(1, round(STEPS_BY_QUALITY[quality] * usual)))
 
     async def _adapters(self, request: ImageRequest, user: str | None) -> tuple[RegisteredModel, ...]:
         """Return the LoRA versions that a request combines; none if it names a model.
@@ -200,6 +211,9 @@ class RequestPlanner:
         """
         traits = await self.replicas.traits()
         if traits.paints_masks:
+            if isinstance(request, VariationRequest):
+                reason = "this model paints into masks; send the image with a mask to /v1/images/edits"
+                raise APIError(400, f"image: {reason}", "image", "unsupported_parameter")
             if mask is None:
                 reason = "missing; this model paints into a PNG's transparent pixels, of the image's size"
                 raise APIError(400, f"mask: {reason}", "mask", "invalid_value")

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager
+from functools import partial
 from itertools import count
 
 from ray_jobs.config import Config
@@ -21,9 +22,11 @@ from serving.schemas import (
     ImageRequest,
     ImageResponse,
     PartialImageEvent,
+    shown_quality,
 )
 from serving.service.canary import Canary, Limits
 from serving.service.metrics import Metrics
+from serving.service.picture_links import PictureLinks
 from serving.service.registry_watcher import RegistryWatcher
 from serving.service.replica_client import ReplicaClient
 from serving.service.request_context import RequestContext
@@ -34,6 +37,8 @@ from serving.service.routing import Catalogue
 from serving.service.shadow import Shadow
 
 logger = logging.getLogger("ray.serve")
+
+CLEANING_S = 600  # pause between deletions of what has expired, in seconds
 
 
 class Service:
@@ -65,7 +70,18 @@ class Service:
             lambda: self.num_open < settings.max_batch_size / 2,
         )
         self.planner = RequestPlanner(settings, self.catalogue, self.watcher, replicas)
-        self.delivery = Delivery(self.catalogue, feedback, self.metrics, self.shadow, settings.shadow_share)
+        self.links = PictureLinks(
+            RunFolder.of(config).pictures, partial(feedback.secret, "pictures"), settings.url_minutes
+        )
+        self.delivery = Delivery(
+            self.catalogue,
+            feedback,
+            self.metrics,
+            self.shadow,
+            settings.shadow_share,
+            self.links,
+            settings.public_url,
+        )
         self.started = int(time.time())
         self.num_open = 0  # open requests
         self._background: set[asyncio.Task[None]] = set()
@@ -78,6 +94,7 @@ class Service:
             poll_now: read the registry at once instead of after a pause.
         """
         self._in_background(self.watcher.run(now=poll_now))
+        self._in_background(self._clean())
         if self.settings.shadow_share:
             self._in_background(self.shadow.run())
 
@@ -105,13 +122,16 @@ class Service:
             with self._counted(planned[0]):
                 async with asyncio.timeout_at(deadline):
                     pictures = await self.replicas.draw(planned)
-            data = await self.delivery.deliver(planned, pictures, request.user, context)
+            data = await self.delivery.deliver(request, planned, pictures, context)
         return ImageResponse(
             created=int(time.time()),
             data=data,
             model=label(planned[0].version),
             adapters=choices_of(planned[0]),
             size=pictures[0].size,
+            output_format=request.output_format,
+            quality=shown_quality(request),
+            safety_identifier=request.user,
         )
 
     async def stream(
@@ -139,21 +159,25 @@ class Service:
                             break
                         yield PartialImageEvent(
                             type="image_edit.partial_image" if images else "image_generation.partial_image",
-                            b64_json=base64.b64encode(picture.png).decode(),
+                            b64_json=base64.b64encode(picture.file).decode(),
                             partial_image_index=index,
                             created_at=int(time.time()),
                             size=picture.size,
+                            quality=shown_quality(request) or "auto",
+                            output_format=request.output_format,
                         )
-            (data,) = await self.delivery.deliver([planned], [picture], request.user, context)
+            (data,) = await self.delivery.deliver(request, [planned], [picture], context)
         yield CompletedEvent(
             type="image_edit.completed" if images else "image_generation.completed",
             id=data.id,
-            b64_json=data.b64_json,
+            b64_json=data.b64_json or "",
             seed=data.seed,
             model=label(planned.version),
             adapters=choices_of(planned),
             created_at=int(time.time()),
             size=picture.size,
+            quality=shown_quality(request) or "auto",
+            output_format=request.output_format,
         )
 
     async def rollout(self) -> RolloutStatus:
@@ -267,6 +291,15 @@ class Service:
         except Exception as error:  # this endpoint no longer serves it, whatever the registry answers
             logger.warning("%s keeps its alias in the registry: %s", label(candidate), error)
 
+    async def _clean(self) -> None:
+        """Delete what has expired, from time to time."""
+        while True:
+            try:
+                await asyncio.to_thread(self.links.delete_expired)
+            except OSError as error:
+                logger.warning("expired pictures were not deleted: %s", error)
+            await asyncio.sleep(CLEANING_S)
+
     async def _draw_shadow(self, request: RoutedRequest) -> bytes:
         try:
             (picture,) = await self.replicas.draw([request])
@@ -274,7 +307,7 @@ class Service:
             self.metrics.drawn("shadow", error.status)
             raise
         self.metrics.drawn("shadow", 200)
-        return picture.png
+        return picture.file
 
     def _in_background(self, work: Coroutine[object, None, None]) -> None:
         task = asyncio.create_task(work)

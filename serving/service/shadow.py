@@ -35,7 +35,7 @@ class Shadowed(NamedTuple):
 
     picture_id: str
     answered: RoutedRequest
-    picture: bytes  # PNG
+    picture: bytes  # file, as the client got it
     request: RoutedRequest
 
 
@@ -43,10 +43,10 @@ class Shadow:
     """Generate and store pairs, one at a time, after the answers were sent.
 
     Args:
-        folder: output folder with slots `000/` and so on. Each holds `champion.png`, `candidate.png`, for an
-            edit the initial image as `given`, the references as `reference-0` and so on and `mask`, and
-            `parameters.json`, which is written last. The file `next` holds the slot at which the next process
-            continues.
+        folder: output folder with slots `000/` and so on. Each holds `champion.png`, `candidate.png` (or both
+            as .jpeg or .webp), for an edit the initial image as `given`, the references as `reference-0` and
+            so on and `mask`, and `parameters.json`, which is written last. The file `next` holds the slot at
+            which the next process continues.
         draw: function that has one image generated.
         may_draw: function that returns True if the replicas have capacity beside the open requests.
         kept: number of slots.
@@ -91,8 +91,8 @@ class Shadow:
         name = f"{self._place:03d}"
         self.folder.delete(name)
         place = self.folder.child(name)
-        place.write_bytes("champion.png", pair.picture)
-        place.write_bytes("candidate.png", drawn)
+        place.write_bytes(f"champion.{pair.request.output.format}", pair.picture)
+        place.write_bytes(f"candidate.{pair.request.output.format}", drawn)
         if pair.request.image is not None:
             place.write_bytes("given", pair.request.image)
         for number, content in enumerate(pair.request.references):

@@ -1,5 +1,6 @@
 """OpenAI's fields and OpenAI's retries, by its own client and its own types."""
 
+import inspect
 import typing
 from collections.abc import Iterator
 from typing import Any
@@ -8,16 +9,32 @@ import httpx
 import openai
 import pytest
 from fastapi import FastAPI, Request
-from openai.types import image_edit_params, image_generate_params
+from openai.resources.images import Images
+from openai.types import image_create_variation_params, image_edit_params, image_generate_params
 from pydantic import ValidationError
 
 from ray_jobs.config import ServeConfig
 from serving.http.api import _answer_error, _edit_of, _json
-from serving.schemas import UNSUPPORTED_FIELDS, APIError, EditRequest, ImageRequest, invalid_request, limited
+from serving.schemas import (
+    UNSUPPORTED_FIELDS,
+    APIError,
+    EditRequest,
+    ImageRequest,
+    VariationRequest,
+    invalid_request,
+    limited,
+)
 from tests.serving.http_server import http_server
 
 GENERATE = typing.get_type_hints(image_generate_params.ImageGenerateParamsBase)
 EDIT = typing.get_type_hints(image_edit_params.ImageEditParamsBase)
+VARY = typing.get_type_hints(image_create_variation_params.ImageCreateVariationParams)
+OPERATIONS: list[tuple[type[ImageRequest], dict[str, Any], Any]] = [
+    (ImageRequest, GENERATE, Images.generate),
+    (EditRequest, EDIT, Images.edit),
+    (VariationRequest, VARY, Images.create_variation),
+]
+OF_THE_CLIENT = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}  # what no server is sent
 TAKEN = {"image", "safety_identifier"}  # by other means than a field of the same name
 
 
@@ -27,15 +44,64 @@ def refused(model: type[ImageRequest], **fields: Any) -> APIError:
     return invalid_request(caught.value.errors()[0])
 
 
-@pytest.mark.parametrize(("model", "theirs"), [(ImageRequest, GENERATE), (EditRequest, EDIT)])
-def test_every_field_of_openais_client_is_known(model: type[ImageRequest], theirs: dict[str, Any]) -> None:
-    unknown = set(theirs) - set(model.model_fields) - set(UNSUPPORTED_FIELDS) - TAKEN
+@pytest.mark.parametrize(("model", "theirs", "method"), OPERATIONS)
+def test_every_field_of_openais_client_is_known(
+    model: type[ImageRequest], theirs: dict[str, Any], method: Any
+) -> None:
+    named = set(theirs) | set(inspect.signature(method).parameters) - OF_THE_CLIENT
+    unknown = named - set(model.model_fields) - set(UNSUPPORTED_FIELDS) - TAKEN
     assert not unknown, "of a newer client: take them, or say in UNSUPPORTED_FIELDS why not"
     for field in set(theirs) & set(UNSUPPORTED_FIELDS):
         error = refused(model, **{field: "what no server would take for neutral"})
         assert (error.status, error.param, error.code) == (400, field, "unsupported_parameter")
         assert UNSUPPORTED_FIELDS[field].reason in error.message and "unknown" not in error.message
-    assert set(UNSUPPORTED_FIELDS) <= set(GENERATE) | set(EDIT), "these are no longer OpenAI's"
+    assert set(UNSUPPORTED_FIELDS) <= set(GENERATE) | set(EDIT) | set(VARY), "these are no longer OpenAI's"
+
+
+@pytest.mark.parametrize(("model", "theirs", "method"), OPERATIONS)
+def test_every_value_of_openais_client_is_taken_or_refused_by_name(
+    model: type[ImageRequest], theirs: dict[str, Any], method: Any
+) -> None:
+    checked = 0
+    for field, hint in theirs.items():
+        for value in _choices(hint):
+            checked += 1
+            other = {"output_format": "jpeg"} if field == "output_compression" else {}
+            try:
+                taken = model.model_validate({"prompt": "a", field: value, **other})
+            except ValidationError as error:
+                told = invalid_request(error.errors()[0])
+                assert told.param == field and told.status == 400
+            else:
+                obeyed = getattr(taken, field, None)
+                assert value == "auto" or obeyed == value or value in UNSUPPORTED_FIELDS[field].neutral
+    assert checked > 4
+
+
+def _choices(hint: Any) -> Iterator[Any]:
+    """The values that a type names."""
+    if typing.get_origin(hint) is typing.Literal:
+        yield from typing.get_args(hint)
+    for part in typing.get_args(hint):
+        yield from _choices(part)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "what"),
+    [
+        ({"output_compression": 80}, "output_compression", "send output_format jpeg or webp"),
+        ({"output_compression": 101, "output_format": "webp"}, "output_compression", "equal to 100"),
+        ({"output_format": "gif"}, "output_format", "'png', 'jpeg' or 'webp'"),
+        ({"quality": "high", "steps": 3}, "quality", "send either quality or steps"),
+        ({"response_format": "url", "stream": True}, "response_format", "leave out url, or stream"),
+        ({"background": "transparent"}, "background", "send opaque or auto"),
+        ({"style": "vivid"}, "style", "write the style into the prompt"),
+    ],
+)
+def test_what_is_refused_says_what_to_send_instead(fields: dict[str, Any], param: str, what: str) -> None:
+    error = refused(ImageRequest, **fields)
+    assert (error.status, error.param) == (400, param)
+    assert what in error.message
 
 
 def test_a_field_of_nobodys_is_unknown() -> None:

@@ -87,7 +87,7 @@ def routed(
 
 
 def pixels(picture: Picture) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(picture.png))).astype(int)
+    return np.asarray(Image.open(io.BytesIO(picture.file))).astype(int)
 
 
 def test_base_adapter_and_fully_trained_version_are_drawn_side_by_side(
@@ -98,7 +98,7 @@ def test_base_adapter_and_fully_trained_version_are_drawn_side_by_side(
         return drawn, set((await model.load()).engines)
 
     drawn, engines = with_replica(lora, work)
-    assert len({picture.png for picture in drawn}) == 3
+    assert len({picture.file for picture in drawn}) == 3
     assert engines == {BASE, placement_of(full).engine}
 
 
@@ -111,7 +111,7 @@ def test_engines_that_are_asked_for_at_once_all_have_their_weights(
         orders = [routed(None), routed(lora, fused=True)]
         return await asyncio.gather(*(model.draw(each) for each in orders))
 
-    assert len({picture.png for picture in with_replica(full, work)}) == 2
+    assert len({picture.file for picture in with_replica(full, work)}) == 2
 
 
 def test_a_fully_trained_champion_needs_no_base(full: RegisteredModel) -> None:
@@ -394,13 +394,13 @@ def test_a_picture_says_which_adapter_drew_it_unless_it_is_to_say_nothing(
     lora: RegisteredModel, provenance: bool
 ) -> None:
     drawn = with_replica(lora, lambda model: model.draw(routed(lora)), provenance=provenance)
-    facts = read_provenance(drawn.png)
+    facts = read_provenance(drawn.file)
     assert (facts or {}).get("adapter") == (f"m@1#{lora.digest[:12]}" if provenance else None)
     assert (facts is None) != provenance
 
 
 def test_a_picture_names_its_base_and_not_the_servers_folders(lora: RegisteredModel) -> None:
-    png = with_replica(lora, lambda model: model.draw(routed(lora))).png
+    png = with_replica(lora, lambda model: model.draw(routed(lora))).file
     assert (read_provenance(png) or {})["base"] == Path(lora.base).name
     assert str(Path(lora.base).parent).encode() not in png
 
