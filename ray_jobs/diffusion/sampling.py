@@ -6,7 +6,9 @@ diffusers.
 
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
+from dataclasses import dataclass, field
 from functools import partial
+from hashlib import blake2b
 from inspect import signature
 from operator import itemgetter
 
@@ -15,7 +17,7 @@ import torch
 from ray_jobs.diffusion.families import Captions, Components, Conditions, Family, family_of
 from ray_jobs.diffusion.families.control import CONTROLNET
 from ray_jobs.diffusion.families.family import CONTROL, MASK_PIXELS, MASKED, reference
-from ray_jobs.diffusion.families.text import LENGTHS, MASK
+from ray_jobs.diffusion.families.text import LENGTHS, MASK, Pictures
 from ray_jobs.diffusion.memory import Chunks, pictures_at_once
 from ray_jobs.diffusion.objectives import per_row
 from ray_jobs.diffusion.precision import cast, dtype_of
@@ -61,13 +63,17 @@ def first_noise(
 
 
 @torch.no_grad()
-def null_captions(pipeline: Pipeline, device: str | torch.device | None = None) -> Captions:
+def null_captions(
+    pipeline: Pipeline, device: str | torch.device | None = None, pictures: Pictures = ()
+) -> Captions:
     """Return the denoiser's unconditional input, 1 x ..., as `Text.unconditional` defines it.
 
     Args:
         device: see `encode_texts`.
+        pictures: reference pictures of N captions, for text encoders that see them; the result is N x ...
     """
-    empty = encode_prompts(pipeline, [""], negative=True, device=device)
+    count = len(pictures[0]) if pictures else 1
+    empty = encode_prompts(pipeline, [""] * count, negative=True, device=device, pictures=pictures)
     return family_of(pipeline).text.unconditional(pipeline.config, empty)
 
 
@@ -103,8 +109,8 @@ def sample_latents(
         scheduler: any diffusers scheduler; it is copied, not changed.
         noise: float, N x C x ..., standard normal.
         conditions: the denoiser's conditions for N images, without guidance.
-        null_captions: one embedding from `null_captions`; not used with distilled guidance, or if every
-            guidance scale is 1, which means no guidance.
+        null_captions: from `null_captions`, one, or N of images with references that text encoders see; not
+            used with distilled guidance, or if every guidance scale is 1, which means no guidance.
         num_steps: number of denoising steps.
         guidance_scale: one scale, or a float tensor of N scales, one per image.
         generators: N, from which a scheduler that adds noise in each step draws it; empty: from torch's own.
@@ -292,6 +298,10 @@ def sample_pictures(
     device, sampled, decoded = pipeline.vae.device, Chunks(), Chunks()
     is_controlled = bool(references) and CONTROLNET in family.model(pipeline)
 
+    def shown(numbers: range) -> list[torch.Tensor]:
+        each = (references(number) for number in numbers) if references else ()
+        return [torch.stack(pictures) for pictures in zip(*each, strict=True)]
+
     def sample(first: int, captions: Captions, null: Captions, numbers: range) -> torch.Tensor:
         batch, rows = slice(numbers.start, numbers.stop), slice(numbers.start - first, numbers.stop - first)
         height, width = shapes[batch.start]
@@ -299,8 +309,7 @@ def sample_pictures(
         shape = family.codec.shape(pipeline.vae.config, height, width)
         noise = first_noise(family, generators, shape, is_controlled=is_controlled)
         given = whole_pictures(family, len(noise), height, width, device)
-        looked_at = zip(*(references(number) for number in numbers), strict=True) if references else ()
-        pictures = [torch.stack(each) for each in looked_at]
+        pictures = shown(numbers)
         if family.paints_masks:
             further = initial_noise(generators, family.codec.unpacked_shape(shape))
             whole = torch.zeros((len(noise), 4, height, width), dtype=torch.uint8)
@@ -315,19 +324,38 @@ def sample_pictures(
             pipeline.scheduler,
             noise.to(device),
             {name: each[rows].to(device) for name, each in captions.items()} | given,
-            {name: each.to(device) for name, each in null.items()},
+            {name: each[rows if len(each) > 1 else slice(1)].to(device) for name, each in null.items()},
             num_steps=num_steps,
             guidance_scale=guidance_scale,
             generators=generators,
         )
 
     batches = batches_of(shapes, batch_size)
-    texts = [tuple(prompts[batch]) for batch in batches]
+    seen = family.text.sees_references and references is not None
+    texts = []
+    for batch in batches:
+        numbers = range(batch.start, batch.stop)
+        digests = tuple(digest(references(number)) for number in numbers) if seen and references else ()
+        texts.append(PromptBatch(tuple(prompts[batch]), digests, partial(shown, numbers)))
     for number, batch in enumerate(batches):
         of_batch = partial(sample, batch.start, *encoded.of(texts[number:]))
         for latents in sampled.run(range(batch.start, batch.stop), of_batch):
             limit = pictures_at_once(*shapes[batch.start])
             yield from decoded.run(latents, partial(decode_latents, pipeline), limit)
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts that are encoded together.
+
+    Attributes:
+        digests: of each prompt's reference pictures, where text encoders see them; else none.
+        pictures: function that returns these pictures.
+    """
+
+    prompts: tuple[str, ...]
+    digests: tuple[bytes, ...] = ()
+    pictures: Callable[[], Pictures] = field(default=tuple, compare=False)
 
 
 class Prompts:
@@ -345,10 +373,12 @@ class Prompts:
         self.pipeline, self.device = pipeline, device
         self._most = most if device is not None else 0
         self._chunks, self._null = Chunks(), Captions()
-        self._kept: dict[tuple[str, ...], Captions] = {}
+        self._kept: dict[PromptBatch, Captions] = {}
+        self._kept_nulls: dict[PromptBatch, Captions] = {}  # of batches with pictures
 
-    def of(self, batches: Sequence[tuple[str, ...]]) -> tuple[Captions, Captions]:
-        """Return the embeddings of the first batch, N x ..., and the unconditional input.
+    def of(self, batches: Sequence[PromptBatch]) -> tuple[Captions, Captions]:
+        """Return the embeddings of the first batch, N x ..., and the unconditional input, as of
+        `null_captions`.
 
         Args:
             batches: prompts of this batch and of those after it. If it has to be encoded, so are as many of
@@ -360,25 +390,53 @@ class Prompts:
                 place(self.pipeline, self.device, text_encoders=True)
             self._null = self._null or self._moved(null_captions(self.pipeline, self.device))
             if self._num_bytes >= self._most:
-                self._kept = {}
+                self._kept, self._kept_nulls = {}, {}
             for batch in dict.fromkeys(batches):
                 if batch not in self._kept and (batch == first or self._num_bytes < self._most):
-                    self._kept[batch] = self._encoded(batch)
+                    self._encode(batch)
         if self.device is not None:
             place(self.pipeline, self.device, denoisers=True)
-        return self._kept[first], self._null
+        return self._kept[first], self._kept_nulls.get(first, self._null)
 
     @property
     def _num_bytes(self) -> int:
-        return sum(tensor.nbytes for captions in self._kept.values() for tensor in captions.values())
+        kept = (*self._kept.values(), *self._kept_nulls.values())
+        return sum(tensor.nbytes for captions in kept for tensor in captions.values())
 
-    def _encoded(self, batch: tuple[str, ...]) -> Captions:
-        encode = partial(encode_prompts, self.pipeline, device=self.device)
-        parts = self._chunks.run(list(batch), encode)
+    def _encode(self, batch: PromptBatch) -> None:
+        pictures = batch.pictures() if batch.digests else ()
+
+        def encode(rows: range) -> Captions:
+            return encode_prompts(
+                self.pipeline,
+                list(batch.prompts[rows.start : rows.stop]),
+                device=self.device,
+                pictures=[each[rows.start : rows.stop] for each in pictures],
+            )
+
+        def encode_null(rows: range) -> Captions:
+            own = [each[rows.start : rows.stop] for each in pictures]
+            return null_captions(self.pipeline, self.device, own)
+
+        numbers = range(len(batch.prompts))
+        self._kept[batch] = self._joined(self._chunks.run(numbers, encode))
+        if batch.digests:
+            self._kept_nulls[batch] = self._joined(self._chunks.run(numbers, encode_null))
+
+    def _joined(self, parts: Sequence[Captions]) -> Captions:
         return self._moved({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
     def _moved(self, captions: Captions) -> Captions:
         return captions if self.device is None else {name: each.cpu() for name, each in captions.items()}
+
+
+def digest(pictures: Sequence[torch.Tensor]) -> bytes:
+    """Return 16 bytes that tell the pictures of a prompt, each uint8, from others."""
+    found = blake2b(digest_size=16)
+    for picture in pictures:
+        found.update(repr(tuple(picture.shape)).encode())
+        found.update(picture.contiguous().cpu().numpy().tobytes())
+    return found.digest()
 
 
 def place(
@@ -416,25 +474,32 @@ def encode_prompts(
     *,
     negative: bool = False,
     device: str | torch.device | None = None,
+    pictures: Pictures = (),
 ) -> Captions:
     """Encode N prompts, or negative prompts, to the denoiser's inputs: N x ..., by name.
 
     Args:
-        device: see `encode_texts`.
+        device, pictures: see `encode_texts`.
     """
     text = family_of(pipeline).text
     written = text.as_negative if negative else text.as_prompt
-    return encode_texts(pipeline, [written(prompt) for prompt in prompts], device)
+    return encode_texts(pipeline, [written(prompt) for prompt in prompts], device, pictures)
 
 
 @torch.no_grad()
-def encode_texts(pipeline: Pipeline, texts: list[str], device: str | torch.device | None = None) -> Captions:
+def encode_texts(
+    pipeline: Pipeline,
+    texts: list[str],
+    device: str | torch.device | None = None,
+    pictures: Pictures = (),
+) -> Captions:
     """Encode N texts, from `Text.as_prompt` or `Text.as_negative`: N x ..., by name.
 
     Args:
         device: device of the text encoders; None for the pipeline's.
+        pictures: reference pictures of the texts, for text encoders that see them.
     """
     text = family_of(pipeline).text
-    tokens = text.tokenize(pipeline, texts)
+    tokens = text.tokenize_shown(pipeline, texts, pictures)
     placed = {name: ids.to(device or pipeline.device) for name, ids in tokens.items()}
     return text.embed(text.present(pipeline), placed)

@@ -160,6 +160,13 @@ def blank_conditions(
         name: torch.empty((rows, *shape), dtype=dtype)
         for name, (shape, dtype) in family.text.shapes(denoiser.config).items()
     }
+    side = config.data.resolution
+    if family.text.sees_references:
+        seen = (config.data.reference_resolution or side,) * 2
+        shown = family.text.shown_tokens([seen] * config.data.num_references)
+        for name in family.text.embeds:
+            _, tokens, *width = found[name].shape
+            found[name] = torch.empty((rows, tokens + shown, *width), dtype=found[name].dtype)
     for mask in found.values():
         if mask.dtype == torch.bool and isinstance(mask, FakeTensor):
             # Captions have their greatest length: some denoisers count the tokens of each.
@@ -169,7 +176,6 @@ def blank_conditions(
         if text_encoders and encoder in text_encoders:
             count = family.text.num_tokens(name, text_encoders[encoder])
             found[name] = torch.ones((rows, count), dtype=torch.int64)
-    side = config.data.resolution
     if family.paints_masks:
         found[MASKED] = torch.empty((rows, *square_latents(config)))
         found[MASK_PIXELS] = torch.empty((rows, 1, side, side), dtype=torch.bool)

@@ -11,7 +11,7 @@ from ray_jobs.config import TrainConfig
 from ray_jobs.data.feeding.order import rows_of_rank
 from ray_jobs.diffusion.families import Captions
 from ray_jobs.diffusion.families.family import MASK_PIXELS, MASKED, reference
-from ray_jobs.diffusion.families.text import LENGTHS, MASK
+from ray_jobs.diffusion.families.text import LENGTHS, MASK, NULL
 from ray_jobs.diffusion.objectives import Draws, per_row
 from ray_jobs.diffusion.pack import Trainable
 from ray_jobs.diffusion.protocols import Autoencoder
@@ -124,12 +124,16 @@ class InputMaker:
             name: (t.long() if t.dtype == torch.int32 else t).to(device) for name, t in present.items()
         }
         self.null_length = int(self.null[MASK].sum()) if MASK in self.null else 0
+        # Where text encoders see the references, a dropped caption still has those of its row.
+        self.text = model.family.text
+        self.own_null = bool(num_references) and self.text.sees_references
+        self.nulls = tuple(NULL + name for name in self.null if self.own_null and caption_dropout)
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns of the prepared rows that a step reads."""
         of_picture = (COLUMNS[name] for name in self.picture_conditions)
-        further = (*of_picture, *self.references, *self.masks, *self.painted)
+        further = (*of_picture, *self.references, *self.nulls, *self.masks, *self.painted)
         return ("latents_mean", "latents_logvar", *self.null, *further)
 
     def make(self, piece: Piece, step: int) -> tuple[dict[str, Any], torch.Tensor]:
@@ -155,7 +159,11 @@ class InputMaker:
         dropped = drawn.caption < self.caption_dropout
         lengths = None
         if MASK in self.null:
-            lengths = piece.rows[MASK].sum(dim=1).where(~dropped, self.null_length)
+            lengths = piece.rows[MASK].sum(dim=1)
+            if self.nulls:
+                lengths = lengths.where(~dropped, piece.rows[NULL + MASK].sum(dim=1))
+            elif not self.own_null:
+                lengths = lengths.where(~dropped, self.null_length)
         loss = {f"draws.{name}": part for name, part in vars(drawn.loss).items() if part is not None}
         return Sent.to(
             self.device,
@@ -175,7 +183,7 @@ class InputMaker:
         there = sent.arrived()
         mean, logvar = there["latents_mean"].float(), there["latents_logvar"].float()
         dropped = there["dropped"]
-        conditions = {name: self._dropped(there[name], name, dropped) for name in self.null}
+        conditions = {name: self._dropped(there, name) for name in self.null}
         conditions |= {name: there[COLUMNS[name]] for name in self.picture_conditions} | sent.kept
         conditions |= {
             name: self.codec.normalised(there[name].float(), self.scale) for name in self.references
@@ -198,10 +206,13 @@ class InputMaker:
             inputs["mask"] = there["mask"].float()
         return inputs, there["weights"]
 
-    def _dropped(self, values: torch.Tensor, name: str, dropped: torch.Tensor) -> torch.Tensor:
-        """Replace the dropped captions by the empty one."""
-        null = self.null[name]
-        return torch.where(per_row(dropped, values), null, values.to(null.dtype))
+    def _dropped(self, there: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+        """Return a column of captions, with the dropped ones replaced by the empty one."""
+        values, null = there[name], self.null[name]
+        if self.own_null and not self.nulls:  # none is dropped
+            return values.to(null.dtype)
+        null = there[NULL + name].to(null.dtype) if self.nulls else null
+        return torch.where(per_row(there["dropped"], values), null, values.to(null.dtype))
 
 
 ALIGNED = 16  # bytes: each tensor begins at a multiple

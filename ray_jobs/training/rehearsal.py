@@ -10,7 +10,7 @@ from cluster.gpus import leaving_free
 from cluster.storage import Storage
 from ray_jobs.config import TrainConfig
 from ray_jobs.console.troubleshooting import Help, help_link
-from ray_jobs.diffusion.families.text import MASK
+from ray_jobs.diffusion.families.text import MASK, NULL
 from ray_jobs.training.batch import COLUMNS, InputMaker, Piece
 from ray_jobs.training.engine import rows_a_worker
 
@@ -84,9 +84,18 @@ def blank(
         rows |= {name: torch.zeros((count, *stored)) for name in posterior}
         height, width = (side * maker.latent_pixels for side in stored[-2:])
         rows[mask] = torch.ones((count, 1, height, width), dtype=torch.bool)
+    shown = 0
+    if maker.own_null:
+        spaces = [maker.codec.unpacked_shape(latents)[-2:] for latents in references]
+        shown = maker.text.shown_tokens(
+            [(height * maker.latent_pixels, width * maker.latent_pixels) for height, width in spaces]
+        )
     for name, empty in maker.null.items():
         row = torch.ones_like(empty) if name == MASK else empty
+        if shown:
+            row = torch.cat([row, row[:, :1].expand(-1, shown, *row.shape[2:])], dim=1)
         rows[name] = row.cpu().expand(count, *row.shape[1:])
+    rows |= {name: rows[name.removeprefix(NULL)] for name in maker.nulls}
     if "sizes" in maker.picture_conditions:
         rows[COLUMNS["sizes"]] = torch.zeros((count, 6), dtype=torch.int32)
     for name, latents in zip(maker.references, references, strict=True):

@@ -5,6 +5,7 @@ import torch
 
 from ray_jobs.diffusion.families import Captions, family_of
 from ray_jobs.diffusion.families.family import MASK_PIXELS
+from ray_jobs.diffusion.families.text import NULL, Pictures
 from ray_jobs.diffusion.precision import cast
 from ray_jobs.diffusion.sampling import cut_out
 from ray_jobs.weights.loading import read_pipeline
@@ -74,7 +75,6 @@ class Encoders:
         mean, logvar = self.family.codec.posterior(self.pipeline.vae, pictures)
         return {"masked_mean": mean.cpu(), "masked_logvar": logvar.cpu(), MASK_PIXELS: mask.cpu()}
 
-    @torch.no_grad()
     def encode_captions(self, captions: list[str], *, negative: bool = False) -> Captions:
         """Return the family's columns of tokens (for training text encoders) and of embeddings.
 
@@ -83,9 +83,26 @@ class Encoders:
         Args:
             negative: encode them as negative prompts.
         """
+        return self._captions(captions, (), negative=negative)
+
+    def encode_shown(self, captions: list[str], references: np.ndarray) -> Captions:
+        """Return the same of captions with reference pictures that the text encoders see, and beside them,
+        with names that begin with `NULL`, the embeddings without the captions.
+
+        Args:
+            references: uint8, N x R x h x w x 3.
+        """
+        pictures = [torch.from_numpy(each).permute(0, 3, 1, 2) for each in references.swapaxes(0, 1)]
+        found = self._captions(captions, pictures)
+        null = self._captions([""] * len(captions), pictures, negative=True)
+        return found | {NULL + name: null[name] for name in self.family.text.embeds}
+
+    @torch.no_grad()
+    def _captions(self, captions: list[str], pictures: Pictures, *, negative: bool = False) -> Captions:
         text = self.family.text
         written = text.as_negative if negative else text.as_prompt
-        tokens = text.tokenize(self.pipeline, [written(caption) for caption in captions])
+        tokens = text.tokenize_shown(self.pipeline, [written(caption) for caption in captions], pictures)
         placed = {name: ids.to(self.device) for name, ids in tokens.items()}
         embeds = text.embed(text.present(self.pipeline), placed)
-        return tokens | {name: cast(tensor, torch.float32).cpu() for name, tensor in embeds.items()}
+        found = {name: ids for name, ids in tokens.items() if name in text.tokens}
+        return found | {name: cast(tensor, torch.float32).cpu() for name, tensor in embeds.items()}

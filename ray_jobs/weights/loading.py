@@ -10,7 +10,7 @@ import torch
 
 from ray_jobs.diffusion.families import FAMILIES, family_of
 from ray_jobs.diffusion.families.text import Text
-from ray_jobs.diffusion.families.text_processor import text_processor
+from ray_jobs.diffusion.families.text_processor import picture_processor, text_processor
 from ray_jobs.diffusion.precision import to_precision
 from ray_jobs.diffusion.protocols import Component, Pipeline
 from ray_jobs.diffusion.quantization import cast_weights, copy_unrounded, is_quantized, quantize
@@ -126,7 +126,7 @@ def read_pipeline(
         if name not in loaded or not isinstance(index[name], list):
             continue
         if modular and _reads_texts(name):
-            options[name] = _tokenizer(index[name], str(folder), name)
+            options[name] = _tokenizer(index, str(folder), name)
         elif modular and not issubclass(kind := class_of(index[name]), torch.nn.Module):
             options[name] = kind.from_pretrained(str(folder), subfolder=name)
         elif modular or variant or name in rounded:
@@ -163,11 +163,11 @@ def _classic(
     processors = [name for name, entry in index.items() if "tokenizer" in name and _is_processor(entry)]
     options |= dict.fromkeys(processors)  # diffusers would import them
     if _is_processor(index.get(PROCESSOR)):
-        options[PROCESSOR] = _tokenizer(index[PROCESSOR], str(folder), PROCESSOR)
+        options[PROCESSOR] = _tokenizer(index, str(folder), PROCESSOR)
     if SAFETY_CHECKER in index:
         options["requires_safety_checker"] = False
     pipeline = DiffusionPipeline.from_pretrained(str(folder), dtype=dtypes, use_safetensors=True, **options)
-    pipeline.register_modules(**{name: _tokenizer(index[name], str(folder), name) for name in processors})
+    pipeline.register_modules(**{name: _tokenizer(index, str(folder), name) for name in processors})
     return pipeline
 
 
@@ -271,13 +271,24 @@ def _is_processor(entry: Any) -> bool:
     return isinstance(entry, list) and str(entry[1]).endswith("Processor")
 
 
-def _tokenizer(entry: Sequence[str], base: str, name: str, revision: str | None = None) -> Any:
-    """Load a tokenizer; of a processor only what reads texts, as its images would need torchvision."""
-    from transformers import AutoTokenizer
+def _tokenizer(index: Mapping[str, Any], base: str, name: str, revision: str | None = None) -> Any:
+    """Load a tokenizer; of a processor what reads texts, and pictures only where text encoders see them.
+
+    Its other parts would need torchvision.
+    """
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    entry, sees_pictures = index[name], family_of(index["_class_name"]).text.sees_references
 
     kind = AutoTokenizer if _is_processor(entry) else class_of(entry)
     tokenizer = kind.from_pretrained(base, subfolder=name, revision=revision)
-    return text_processor(class_of(entry), tokenizer) if name == PROCESSOR else tokenizer
+    if name != PROCESSOR:
+        return tokenizer
+    if not sees_pictures:
+        return text_processor(class_of(entry), tokenizer)
+    options = {"subfolder": name, "revision": revision, "backend": "pil"}
+    pictures = AutoImageProcessor.from_pretrained(base, trust_remote_code=False, **options)
+    return picture_processor(class_of(entry), pictures, tokenizer)
 
 
 def load_tokenizers(base: str, *, revision: str | None = None) -> Any:
@@ -288,7 +299,7 @@ def load_tokenizers(base: str, *, revision: str | None = None) -> Any:
     entries = {name: entry for name, entry in index.items() if _reads_texts(name)}
     return SimpleNamespace(
         **{
-            name: _tokenizer(entry, base, name, revision)
+            name: _tokenizer(index, base, name, revision)
             for name, entry in entries.items()
             if entry != [None, None]
         }

@@ -24,7 +24,7 @@ from ray_jobs.diffusion.families import family_of
 from ray_jobs.diffusion.memory import Chunks, device_broken
 from ray_jobs.diffusion.precision import dtype_of
 from ray_jobs.diffusion.protocols import Denoiser, Pipeline
-from ray_jobs.diffusion.sampling import first_noise, seeded
+from ray_jobs.diffusion.sampling import digest, first_noise, seeded
 from ray_jobs.diffusion.schedulers import trained_scheduler
 from ray_jobs.diffusion.solvers import (
     NoStepsLeft,
@@ -288,10 +288,15 @@ class Engine:
         """Set the prompt embeddings and initial noise of newly admitted rows."""
         guided = [row for row in rows if row.guided]
         text = self.family.text
-        texts: list[Text] = [(text.as_prompt(row.request.prompt), row.adapter) for row in rows]
+        seen = {row: row.request.references if text.sees_references else () for row in rows}
+        digests = {row: digest(pictures) if pictures else b"" for row, pictures in seen.items()}
+        texts = [
+            Text(text.as_prompt(row.request.prompt), row.adapter, seen[row], digests[row]) for row in rows
+        ]
         for row in guided:
             negative = row.request.negative_prompt
-            texts.append((None if negative is None else text.as_negative(negative), row.adapter))
+            written = None if negative is None else text.as_negative(negative)
+            texts.append(Text(written, row.adapter, seen[row], digests[row]))
         embeds = self.workers.together(partial(self.prompts.embed, texts))
         for row, captions in zip(guided, embeds[len(rows) :], strict=True):
             row.null_captions = captions

@@ -2,15 +2,38 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
 
 from ray_jobs.diffusion.families import Captions, family_of
 from ray_jobs.diffusion.protocols import Pipeline
 from ray_jobs.diffusion.sampling import encode_texts
 from serving.engine.batched_lora import Adapter, BatchedLoRA, Stacks
 
-# What is tokenized, from the family's `as_prompt` or `as_negative`, and the adapter to encode it with. None:
-# no negative prompt.
-Text = tuple[str | None, Adapter | None]
+
+class Text(NamedTuple):
+    """A text to encode.
+
+    Attributes:
+        written: what is tokenized, from the family's `as_prompt` or `as_negative`; None: no negative prompt.
+        adapter: the adapter to encode it with.
+        pictures: reference pictures, each uint8, height x width x 3, where text encoders see them.
+        digest: of these pictures.
+    """
+
+    written: str | None
+    adapter: Adapter | None
+    pictures: tuple[torch.Tensor, ...] = ()
+    digest: bytes = b""
+
+
+class Key(NamedTuple):
+    """What an embedding depends on: the text, the adapter if it changes text encoders, and the pictures."""
+
+    written: str
+    adapter: str | None
+    digest: bytes
 
 
 class PromptEmbeddings:
@@ -26,13 +49,13 @@ class PromptEmbeddings:
     def __init__(self, pipeline: Pipeline, low_rank: BatchedLoRA, *, device: str, max_bytes: int) -> None:
         self.pipeline, self.text, self.device = pipeline, family_of(pipeline).text, device
         self.low_rank, self.max_bytes = low_rank, max_bytes
-        self._kept: OrderedDict[tuple[str, str | None], Captions] = OrderedDict()
+        self._kept: OrderedDict[Key, Captions] = OrderedDict()
         self._num_bytes = 0
         self.hits = self.misses = 0
 
     def embed(self, texts: Sequence[Text]) -> list[Captions]:
         """Return the embeddings of N texts, each without the batch dimension. Missing ones are encoded in one
-        batch.
+        batch, or in one for all that come with pictures of the same sizes.
 
         None is not the empty negative prompt: its embedding is that of `Text.unconditional`.
         """
@@ -40,16 +63,11 @@ class PromptEmbeddings:
         missing = [key for key in wanted if key not in self._kept]
         self.misses += len(missing)
         self.hits += len(texts) - len(missing)
-        if missing:
-            adapters = [wanted[key][1] for key in missing]
-            stacks: Stacks = {}
-            for part in self.text.present(self.pipeline):
-                stacks = {**stacks, **self.low_rank.stack(adapters, part)}
-            with self.low_rank.applied(stacks):
-                encoded = encode_texts(self.pipeline, [text for text, _ in missing], self.device)
-            for row, key in enumerate(missing):
-                self._kept[key] = {name: encoded[name][row].clone() for name in self.text.embeds}
-                self._num_bytes += _bytes_of(self._kept[key])
+        groups: dict[tuple[torch.Size, ...], list[Key]] = {}
+        for key in missing:
+            groups.setdefault(tuple(each.shape for each in wanted[key].pictures), []).append(key)
+        for keys in groups.values():
+            self._encode(keys, [wanted[key] for key in keys])
         for key in wanted:
             self._kept.move_to_end(key)
         found = [self._embedding(text) for text in texts]
@@ -58,17 +76,30 @@ class PromptEmbeddings:
             self._num_bytes -= _bytes_of(dropped)
         return found
 
+    def _encode(self, keys: Sequence[Key], texts: Sequence[Text]) -> None:
+        """Encode texts whose pictures are of the same sizes, and keep the embeddings."""
+        stacks: Stacks = {}
+        for part in self.text.present(self.pipeline):
+            stacks = {**stacks, **self.low_rank.stack([text.adapter for text in texts], part)}
+        pictures = [
+            torch.stack(each).permute(0, 3, 1, 2)
+            for each in zip(*(text.pictures for text in texts), strict=True)
+        ]
+        with self.low_rank.applied(stacks):
+            encoded = encode_texts(self.pipeline, [key.written for key in keys], self.device, pictures)
+        for row, key in enumerate(keys):
+            self._kept[key] = {name: encoded[name][row].clone() for name in self.text.embeds}
+            self._num_bytes += _bytes_of(self._kept[key])
+
     def _embedding(self, text: Text) -> Captions:
         embeds = self._kept[self._key(text)]
-        return self.text.unconditional(self.pipeline.config, embeds) if text[0] is None else embeds
+        return self.text.unconditional(self.pipeline.config, embeds) if text.written is None else embeds
 
-    def _key(self, text: Text) -> tuple[str, str | None]:
-        """Return what the embedding depends on: the text, and the adapter if it changes text encoders."""
-        written, adapter = text
+    def _key(self, text: Text) -> Key:
+        adapter = text.adapter
         changed = adapter is not None and not adapter.parts.isdisjoint(self.text.encoders)
-        if written is None:
-            written = self.text.as_negative("")
-        return written, adapter.name if adapter and changed else None
+        written = self.text.as_negative("") if text.written is None else text.written
+        return Key(written, adapter.name if adapter and changed else None, text.digest)
 
 
 def _bytes_of(captions: Captions) -> int:

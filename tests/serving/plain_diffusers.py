@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from ray_jobs.diffusion.families import family_of
-from ray_jobs.diffusion.families.text_processor import text_processor
+from ray_jobs.diffusion.families.text_processor import picture_processor, text_processor
 from ray_jobs.diffusion.sampling import encode_prompts, seeded
 from serving.request import Request
 
@@ -35,13 +35,71 @@ def load(folder: Path, variant: str | None = None) -> Any:
         kind = getattr(transformers, index["processor"][1])
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, subfolder="processor")
         absent["processor"] = text_processor(kind, tokenizer)
+        if index["_class_name"] == SEEING:
+            options = {"subfolder": "processor", "backend": "pil"}
+            pictures = transformers.AutoImageProcessor.from_pretrained(folder, **options)
+            absent["processor"] = picture_processor(kind, pictures, tokenizer)
     pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(
         folder, variant=variant, dtype=torch.float32, **absent
     )
     pipeline.set_progress_bar_config(disable=True)
     if isinstance(pipeline, diffusers.FluxFillPipeline):
         pipeline.__class__ = type("FluxFillPipeline", (_AllPainted, diffusers.FluxFillPipeline), {})
+    if isinstance(pipeline, diffusers.QwenImageEditPlusPipeline):
+        pipeline.text_encoder.register_forward_pre_hook(_with_places_of_pictures, with_kwargs=True)
+        pipeline.__class__ = type(SEEING, (_Edits, diffusers.QwenImageEditPlusPipeline), {})
     return pipeline
+
+
+SEEING = "QwenImageEditPlusPipeline"
+
+
+def _with_places_of_pictures(encoder: Any, _: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Tell Qwen's encoder which tokens are pictures, which the pipeline forgets under transformers 5."""
+    if inputs.get("pixel_values") is None:
+        return (), inputs
+    places = (inputs["input_ids"] == encoder.config.image_token_id).int()
+    return (), {"mm_token_type_ids": places, **inputs}
+
+
+class _Edits:
+    """Call of Qwen-Image-Edit's pipeline that leaves the references at their sizes, and needs none.
+
+    Without them, its embeddings are drawn by Qwen-Image's pipeline, which has the same parts.
+    """
+
+    def __call__(self, *, image: Any = None, negative_prompt: Any = None, **options: Any) -> Any:
+        options["negative_prompt"] = negative_prompt
+        if image is None:
+            return self._plain(**options)
+        from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as module
+
+        scaled = module.calculate_dimensions
+        pictures = image if isinstance(image, list) else [image]
+        sizes = {each.width / each.height: each.size for each in pictures}
+
+        def own(area: int, ratio: float) -> tuple[int, int]:
+            size: tuple[int, int] = sizes[ratio] if area == module.VAE_IMAGE_SIZE else scaled(area, ratio)
+            return size
+
+        module.calculate_dimensions = own
+        try:
+            return diffusers.QwenImageEditPlusPipeline.__call__(self, image=image, **options)  # type: ignore[arg-type]
+        finally:
+            module.calculate_dimensions = scaled
+
+    @torch.no_grad()
+    def _plain(self, *, prompt: Any, negative_prompt: Any = None, **options: Any) -> Any:
+        pipeline: Any = self
+        plain = diffusers.QwenImagePipeline(
+            **{name: part for name, part in pipeline.components.items() if name != "processor"}
+        )
+        plain.set_progress_bar_config(disable=True)
+        for name, texts in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            if texts is not None:
+                embeds, mask = pipeline.encode_prompt(texts)
+                options |= {f"{name}_embeds": embeds, f"{name}_embeds_mask": mask}
+        return plain(**options)
 
 
 class _AllPainted:

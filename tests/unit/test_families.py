@@ -68,7 +68,7 @@ def encoded_by_diffusers(pipeline: Any) -> dict[str, torch.Tensor]:
     if kind == "Krea2Pipeline":  # it pads before the template's end
         embeds, mask = pipeline.encode_prompt(PROMPTS)
         return _padded([row[real] for row, real in zip(embeds, mask, strict=True)], 512)
-    if kind == "QwenImagePipeline":
+    if kind in ("QwenImagePipeline", "QwenImageEditPlusPipeline"):
         embeds, mask = pipeline.encode_prompt(PROMPTS, max_sequence_length=512)
         counts = [embeds.shape[1]] * 2 if mask is None else mask.sum(dim=1).tolist()
         return _padded([row[:count] for row, count in zip(embeds, counts, strict=True)], 512)

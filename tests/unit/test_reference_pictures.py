@@ -16,10 +16,12 @@ from ray_jobs.diffusion.families.family import reference
 from ray_jobs.diffusion.finetuning import FineTuning
 from ray_jobs.diffusion.objectives import Draws, FlowMatching, LossSettings
 from ray_jobs.diffusion.sampling import (
+    Prompts,
     decode_latents,
     encode_prompts,
     encode_references,
     initial_noise,
+    null_captions,
     sample_latents,
     sample_pictures,
     seeded,
@@ -48,6 +50,7 @@ def pillow(pixels: torch.Tensor) -> Image.Image:
 def drawn(pipeline: Any, references: list[torch.Tensor], guidance_scale: float = 4.0) -> torch.Tensor:
     family = family_of(pipeline)
     noise = initial_noise(seeded([3]), family.codec.shape(pipeline.vae.config, HEIGHT, WIDTH))
+    shown = [pixels[None] for pixels in references]
     looked_at = {
         reference(n): encode_references(pipeline, pixels[None]) for n, pixels in enumerate(references)
     }
@@ -56,8 +59,10 @@ def drawn(pipeline: Any, references: list[torch.Tensor], guidance_scale: float =
         family.model(pipeline),
         pipeline.scheduler,
         noise,
-        encode_prompts(pipeline, [PROMPT]) | whole_pictures(family, 1, HEIGHT, WIDTH) | looked_at,
-        encode_prompts(pipeline, [""], negative=True),
+        encode_prompts(pipeline, [PROMPT], pictures=shown)
+        | whole_pictures(family, 1, HEIGHT, WIDTH)
+        | looked_at,
+        null_captions(pipeline, pictures=shown),
         num_steps=3,
         guidance_scale=guidance_scale,
     )
@@ -66,7 +71,10 @@ def drawn(pipeline: Any, references: list[torch.Tensor], guidance_scale: float =
 
 def test_families_that_edit_are_these() -> None:
     editors = {name for name, family in FAMILIES.items() if family.max_references}
-    assert editors == {"FluxKontextPipeline", "Flux2Pipeline", "Flux2KleinPipeline", "Flux3ModularPipeline"}
+    assert editors == {
+        *("FluxKontextPipeline", "Flux2Pipeline", "Flux2KleinPipeline", "Flux3ModularPipeline"),
+        "QwenImageEditPlusPipeline",
+    }
 
 
 @pytest.mark.parametrize("name", EDITORS)
@@ -126,10 +134,12 @@ def test_the_loss_with_a_reference_is_that_of_the_pipelines_own_pieces(
     assert isinstance(objective, FlowMatching)
     model = FineTuning(pipeline, family, objective, LossSettings(timestep_sampling="uniform"))
     draws = Draws(sigma / (objective.shift - (objective.shift - 1) * sigma), drawn)
-    captions = encode_prompts(pipeline, [PROMPT]) | whole_pictures(family, 1, HEIGHT, WIDTH)
+    sizes = whole_pictures(family, 1, HEIGHT, WIDTH)
+    captions = encode_prompts(pipeline, [PROMPT]) | sizes
     latents = of_steps(theirs, clean, drawn.shape)
     with torch.no_grad():
         looked_at = {reference(0): encode_references(pipeline, picture(1)[None])}
+        looked_at |= encode_prompts(pipeline, [PROMPT], pictures=[picture(1)[None]]) | sizes
         loss = model(latents, captions | looked_at, draws)
         without = model(latents, captions, draws)
     assert torch.allclose(loss, expected, rtol=1e-4)
@@ -180,3 +190,60 @@ def test_what_is_painted_into_a_mask_is_that_of_the_plain_pipeline(
         assert (ours[number] - 255 * expected).abs().max() < 0.5 + 255e-4
     assert (ours - drawn(None)).abs().max() > 1, "the picture and its mask matter"
     assert (ours - drawn([masked[0], masked[0], masked[2]]))[1].abs().max() > 1
+
+
+SEEING = [name for name in MODELS if BY_NAME[name][0].text.sees_references]
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_a_text_encoder_sees_where_in_the_pictures_things_are(tiny: Callable[[str], Path], name: str) -> None:
+    """Captions of a batch are as each alone, in every order of sizes, and without captions too."""
+    pipeline = load_pipeline(str(tiny(name)))
+    with torch.no_grad():
+        for weight in pipeline.text_encoder.parameters():
+            weight *= 4 if weight.ndim == 2 else 1
+    several = [torch.stack([picture(n) for n in seeds]) for seeds in ((1, 2, 3), (4, 5, 6))]
+    together = encode_prompts(pipeline, [PROMPT, "a blue cross", ""], pictures=several)
+    null = null_captions(pipeline, pictures=several)
+    for row, caption in enumerate([PROMPT, "a blue cross", ""]):
+        own = [each[[row]] for each in several]
+        alone, empty = (
+            encode_prompts(pipeline, [caption], pictures=own),
+            null_captions(pipeline, pictures=own),
+        )
+        assert all(torch.allclose(together[key][row], alone[key][0], atol=1e-5) for key in alone)
+        assert all(torch.allclose(null[key][row], empty[key][0], atol=1e-5) for key in empty)
+    embeds = together["prompt_embeds"]
+    turned = [each.flip(-1) for each in several]
+    other = encode_prompts(pipeline, [PROMPT, "a blue cross", ""], pictures=turned)["prompt_embeds"]
+    assert (embeds - other).abs().max() > 0.1
+    assert family_of(pipeline).text.as_prompt("a<|image_pad|>b") == "ab"
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_batches_of_edits_are_each_drawn_with_their_own_pictures(
+    tiny: Callable[[str], Path], name: str
+) -> None:
+    """Also by embeddings that wait, which are of the pictures that a caption came with."""
+    pipeline = plain_diffusers.attentive(load_pipeline(str(tiny(name))))
+    prompts = Prompts(pipeline, "cpu")
+
+    def drawn(seeds: list[int], of: Prompts | None = None) -> list[torch.Tensor]:
+        batches = sample_pictures(
+            pipeline,
+            [PROMPT] * len(seeds),
+            [7] * len(seeds),
+            shapes=[(HEIGHT, WIDTH)] * len(seeds),
+            num_steps=2,
+            guidance_scale=3.0,
+            batch_size=2,
+            encoded=of,
+            references=lambda number: [picture(seeds[number])],
+        )
+        return [each.float() for batch in batches for each in batch]
+
+    together, again = drawn([1, 2, 3], prompts), drawn([3, 1], prompts)
+    alone = [drawn([seed])[0] for seed in (1, 2, 3)]
+    for ours, expected in zip([*together, *again], [*alone, alone[2], alone[0]], strict=True):
+        assert (ours - expected).abs().max() <= 1
+    assert (together[0] - together[1]).abs().max() > 3

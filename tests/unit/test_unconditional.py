@@ -18,7 +18,7 @@ from ray_jobs.training.setup import build_model
 from ray_jobs.weights.encoders import Encoders
 from ray_jobs.weights.loading import load_pipeline
 from serving.engine.batched_lora import BatchedLoRA
-from serving.engine.prompts import PromptEmbeddings
+from serving.engine.prompts import PromptEmbeddings, Text
 from tests.serving import plain_diffusers
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
@@ -82,7 +82,9 @@ def test_serving_takes_none_and_the_empty_prompt_as_diffusers_does(base: Path) -
     as_negative = family_of(pipeline).text.as_negative
     prompts = PromptEmbeddings(pipeline, low_rank, device="cpu", max_bytes=1 << 20)
     for _ in range(2):  # encoded, then kept
-        none, empty, shouted = prompts.embed([(None, None), ("", None), (as_negative("Blur "), None)])
+        none, empty, shouted = prompts.embed(
+            [Text(None, None), Text("", None), Text(as_negative("Blur "), None)]
+        )
         assert same({name: each[None] for name, each in none.items()}, negative(base, None))
         assert same({name: each[None] for name, each in empty.items()}, negative(base, ""))
         assert same({name: each[None] for name, each in shouted.items()}, negative(base, "Blur "))

@@ -244,7 +244,8 @@ class EncodeRows:
         """Tensors by name, N x ..., on the CPU: `latents_mean`, `latents_logvar`, caption encodings.
 
         Args:
-            references: uint8, N x R x h x w x 3; the means of their posteriors are `reference_0`, ...
+            references: uint8, N x R x h x w x 3; the means of their posteriors are `reference_0`, ... Text
+                encoders that see them give captions as `Encoders.encode_shown` does.
             masks: uint8, N x H x W; `mask` has the share of each of the denoiser's latents that is white,
                 N x 1 x ..., 0 to 1. A model that paints masks gets what `Encoders.encode_masked` returns.
         """
@@ -255,10 +256,7 @@ class EncodeRows:
 
         limit = min(self.batch_size, pictures_at_once(*pixels.shape[1:3]))
         posteriors = self.pictures.run(pixels, self.encoders.encode_pictures, limit)
-        different = list(dict.fromkeys(captions))
-        forms = self.captions.run(different, self.encoders.encode_captions, self.batch_size)
-        places = torch.tensor([different.index(caption) for caption in captions])
-        tensors = {name: torch.cat([form[name] for form in forms])[places] for name in forms[0]}
+        tensors = self._captions(captions, references)
         tensors["latents_mean"] = torch.cat([mean for mean, _ in posteriors])
         tensors["latents_logvar"] = torch.cat([logvar for _, logvar in posteriors])
         for number in range(references.shape[1] if references is not None else 0):
@@ -280,6 +278,25 @@ class EncodeRows:
             name: (tensor.to(self.dtype) if tensor.is_floating_point() else tensor).contiguous()
             for name, tensor in sorted(tensors.items())
         }
+
+    def _captions(self, captions: list[str], references: np.ndarray | None) -> dict[str, "torch.Tensor"]:
+        """Encode N captions: tensors by name, N x ..."""
+        import torch
+
+        encoders = self.encoders
+        if references is not None and encoders.family.text.sees_references:
+            shown = references
+
+            def encode(rows: range) -> dict[str, torch.Tensor]:
+                own = slice(rows.start, rows.stop)
+                return encoders.encode_shown(captions[own], shown[own])
+
+            forms = self.captions.run(range(len(captions)), encode, self.batch_size)
+            return {name: torch.cat([form[name] for form in forms]) for name in forms[0]}
+        different = list(dict.fromkeys(captions))
+        forms = self.captions.run(different, encoders.encode_captions, self.batch_size)
+        places = torch.tensor([different.index(caption) for caption in captions])
+        return {name: torch.cat([form[name] for form in forms])[places] for name in forms[0]}
 
 
 class EncodePart(EncodeRows):
@@ -316,7 +333,7 @@ class EncodePart(EncodeRows):
         """Encode the chosen rows of a part."""
         import torch
 
-        from ray_jobs.diffusion.families.text import MASK
+        from ray_jobs.diffusion.families.text import MASK, NULL
 
         references = references_of_part(part, row["references"])
         texts = [str(row["text"][n]) for n in chosen]
@@ -342,7 +359,9 @@ class EncodePart(EncodeRows):
                 columns.append(_shown(part, chosen, 0, with_masks(pixels[chosen], masks)))
         tensors, text = self.encode(pixels[chosen], texts, references, masks), self.encoders.family.text
         for name, tensor in tensors.items():
-            lengths = tensors[MASK].sum(dim=1).tolist() if name in text.ragged else None
+            null = NULL if name.startswith(NULL) else ""
+            is_ragged = name.removeprefix(null) in text.ragged
+            lengths = tensors[null + MASK].sum(dim=1).tolist() if is_ragged else None
             columns.append(tensor_column(name, tensor, lengths))
         return pa.Table.from_arrays([c for _, c in columns], schema=pa.schema([f for f, _ in columns]))
 

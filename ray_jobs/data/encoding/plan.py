@@ -14,6 +14,7 @@ from typing import NotRequired, TypedDict
 
 import numpy as np
 
+from cluster.fetched import local_path
 from cluster.storage import Storage
 from ray_jobs.config import Config, Effect
 from ray_jobs.data.curation.decisions import Decisions
@@ -21,6 +22,7 @@ from ray_jobs.data.curation.scan import Entry, read_index
 from ray_jobs.data.curation.splits import Shares, is_floor_candidate
 from ray_jobs.data.encoding.geometry import Size, nearest_bucket
 from ray_jobs.data.encoding.shapes import painter
+from ray_jobs.weights.model_files import family_in
 
 ROWS_A_CHUNK = 2048
 MAX_ROWS_A_PART = 128
@@ -209,8 +211,10 @@ class RowKeys:
     @cached_property
     def _stored(self) -> list[object]:
         """What is stored of further pictures: models with the same encoders share the cache."""
-        data = self.config.data
-        return [data.num_references, data.has_masks, painter(self.config) is not None]
+        data, model = self.config.data, self.config.model
+        stored: list[object] = [data.num_references, data.has_masks, painter(self.config) is not None]
+        family = family_in(local_path(model.base), revision=model.revision)
+        return [*stored, family.pipeline_class] if family.text.sees_references else stored
 
     def key(
         self,

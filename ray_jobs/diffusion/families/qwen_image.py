@@ -6,7 +6,13 @@ from typing import Any
 import torch
 
 from ray_jobs.diffusion.families import tiny
-from ray_jobs.diffusion.families.family import UNET_ATTENTION, Components, Conditions, Family
+from ray_jobs.diffusion.families.family import (
+    UNET_ATTENTION,
+    Components,
+    Conditions,
+    Family,
+    references_of,
+)
 from ray_jobs.diffusion.families.flux import PATCH, FluxCodec, from_tokens, to_tokens
 from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
 from ray_jobs.diffusion.families.published import KohyaFiles
@@ -18,7 +24,7 @@ from ray_jobs.diffusion.families.text import (
     without_padding,
     zero_padding,
 )
-from ray_jobs.diffusion.protocols import Autoencoder, Denoiser, Pipeline, Settings, Tokenizer
+from ray_jobs.diffusion.protocols import Autoencoder, Denoiser, Pipeline, Settings, TextEncoder, Tokenizer
 
 MAX_TOKENS = 512
 PREFIX = (
@@ -33,23 +39,30 @@ class QwenImageText(MaskedText):
     """The last layer of Qwen2.5-VL on a caption in a template of the family's own."""
 
     caption_tokens, width = MAX_TOKENS, "joint_attention_dim"
+    prefix, prefix_tokens = PREFIX, PREFIX_TOKENS
     max_tokens = {"input_ids": PREFIX_TOKENS + MAX_TOKENS}
 
     def written(self, tokenizer: Tokenizer, texts: list[str]) -> list[str]:
-        return [PREFIX + text + SUFFIX for text in texts]
+        return [self.prefix + text + SUFFIX for text in texts]
 
     def embed(self, encoders: Encoders, tokens: Captions) -> Captions:
-        found = encoders["text_encoder"](
-            tokens["input_ids"],
+        encoder = encoders["text_encoder"]
+        found = encoder(
+            tokens["input_ids"].long(),  # as places of pictures need it
             attention_mask=tokens["attention_mask"].long(),
             output_hidden_states=True,
             use_cache=False,
             logits_to_keep=1,  # none are needed
+            **self.seen(encoder, tokens),
         )
         states, mask = (
-            each[:, PREFIX_TOKENS:] for each in (found.hidden_states[-1], tokens["attention_mask"])
+            each[:, self.prefix_tokens :] for each in (found.hidden_states[-1], tokens["attention_mask"])
         )
         return {"prompt_embeds": zero_padding(states, mask), MASK: mask}
+
+    def seen(self, encoder: TextEncoder, tokens: Captions) -> Captions:
+        """Return the encoder's inputs for pictures in its texts."""
+        return {}
 
 
 class QwenImageCodec(FluxCodec):
@@ -78,7 +91,7 @@ class QwenImage(Family):
     in_comfyui = True
     kohya = KohyaFiles("networks.lora_qwen_image", "qwen_image", "Qwen-Image")
     trainable = {"transformer": UNET_ATTENTION}  # of the image's tokens, as diffusers' own training does
-    text = QwenImageText()
+    text: QwenImageText = QwenImageText()
     codec = QwenImageCodec()
     schedule = RectifiedFlow(max_shift=1.15, patch=PATCH, even_sigmas=True)
 
@@ -86,16 +99,18 @@ class QwenImage(Family):
         self, model: Components, latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
     ) -> torch.Tensor:
         tokens, grid = to_tokens(latents)
+        further = [to_tokens(each) for each in references_of(conditions)]
         embeds, mask = without_padding(conditions)
+        shapes = [(1, *each) for each in (grid, *(of for _, of in further))]
         predicted = model["transformer"](
-            tokens,
+            torch.cat([tokens, *(each for each, _ in further)], dim=1),
             encoder_hidden_states=embeds,
             encoder_hidden_states_mask=mask,
             timestep=timesteps.to(latents.dtype) / 1000,  # the transformer multiplies it by 1000 again
-            img_shapes=[[(1, *grid)]] * len(tokens),
+            img_shapes=[shapes] * len(tokens),
             return_dict=False,
         )[0]
-        return from_tokens(predicted, grid)
+        return from_tokens(predicted[:, : tokens.shape[1]], grid)
 
     def guide(
         self, unconditional: torch.Tensor, conditional: torch.Tensor, scale: torch.Tensor
@@ -121,18 +136,25 @@ class QwenImage(Family):
         return tuple(f"{block}.{name}" for name in names)
 
     def tiny(self, captions: Sequence[str], variant: str = "") -> Pipeline:
-        from diffusers import (
-            QwenImagePipeline,
-            QwenImageTransformer2DModel,
-        )
+        from diffusers import QwenImagePipeline
+
+        return QwenImagePipeline(**self.tiny_parts(captions))
+
+    def tiny_parts(self, captions: Sequence[str], **denoiser: bool) -> dict[str, Any]:
+        """Return the components of `tiny`, by name.
+
+        Args:
+            denoiser: further options of the denoiser.
+        """
+        from diffusers import QwenImageTransformer2DModel
         from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
         torch.manual_seed(0)
-        tokenizer = tiny.qwen_tokenizer(captions, [PREFIX])
+        tokenizer = tiny.qwen_tokenizer(captions, [self.text.prefix])
         options = tiny.qwen_vl_options(tokenizer, 2, 1e6, fullatt_block_indexes=[0])
         config = Qwen2_5_VLConfig(**options)
-        return QwenImagePipeline(
-            transformer=QwenImageTransformer2DModel(
+        return {
+            "transformer": QwenImageTransformer2DModel(
                 in_channels=4 * PATCH**2,
                 out_channels=4,
                 num_layers=2,
@@ -140,9 +162,10 @@ class QwenImage(Family):
                 num_attention_heads=2,
                 joint_attention_dim=tiny.QWEN_WIDTH,
                 axes_dims_rope=(4, 6, 6),
+                **denoiser,
             ),
-            scheduler=tiny.qwen_scheduler(),
-            vae=tiny.qwen_autoencoder(),
-            text_encoder=Qwen2_5_VLForConditionalGeneration(config),
-            tokenizer=tokenizer,
-        )
+            "scheduler": tiny.qwen_scheduler(),
+            "vae": tiny.qwen_autoencoder(),
+            "text_encoder": Qwen2_5_VLForConditionalGeneration(config),
+            "tokenizer": tokenizer,
+        }

@@ -1,7 +1,7 @@
 """Facet of a family: from captions to the denoiser's inputs."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ray_jobs.diffusion.protocols import Pipeline, Settings, TextEncoder, Tokenizer
 
 Captions = dict[str, torch.Tensor]  # tokens or embeddings of N captions, by name, each N x ...
+Pictures = Sequence[torch.Tensor]
+"""Reference pictures of N captions: the first ones, the second ones, ...; each uint8, N x 3 x h x w."""
 Encoders = Mapping[str, TextEncoder]  # text encoders by their name in the pipeline
+NULL = "null_"  # prefix of stored columns: the empty caption, with the row's own references
 MASK = "prompt_mask"  # condition: bool, N x tokens, False at padding, which is on the right
 LENGTHS = "prompt_lengths"  # condition on the CPU: int64, N, the number of each caption's tokens
 
@@ -24,6 +27,8 @@ class Text(ABC):
             dtype, and others such as masks, which are not.
         encoders: text encoders in the pipeline; some models leave one out.
         ragged: columns of `embeds` of which only the tokens of `MASK` are stored.
+        sees_references: whether the encoders see the reference pictures too, so that embeddings, also the
+            unconditional ones, are of a caption with its pictures.
         max_tokens: numbers of tokens, by column, where diffusers does not use the tokenizer's own maximum.
     """
 
@@ -31,6 +36,7 @@ class Text(ABC):
     embeds: tuple[str, ...]
     encoders: tuple[str, ...]
     ragged: tuple[str, ...] = ()
+    sees_references: bool = False
     max_tokens: Mapping[str, int] = {}
 
     def present(self, pipeline: Pipeline) -> dict[str, TextEncoder]:
@@ -95,6 +101,13 @@ class Text(ABC):
                 found[name] = self.tokens_of(tokenizer, name, captions).input_ids.int()
         return found
 
+    def tokenize_shown(self, pipeline: Pipeline, captions: list[str], pictures: Pictures) -> Captions:
+        """Return what `embed` takes for captions with their reference pictures.
+
+        Where the encoders see pictures, there are further columns beside `tokens`.
+        """
+        return self.tokenize(pipeline, captions)
+
     def tokens_of(self, tokenizer: Tokenizer, name: str, captions: list[str], **options: Any) -> Any:
         """Return a tokenizer's output for the column `name`: PyTorch tensors, N x tokens.
 
@@ -125,7 +138,7 @@ class Text(ABC):
 
         Args:
             encoders: those that the model has.
-            tokens: tokens from `tokenize`, on the encoders' device.
+            tokens: from `tokenize` or `tokenize_shown`, on the encoders' device.
 
         Returns:
             The columns of `embeds`, floats in the encoders' dtype.
@@ -148,6 +161,14 @@ class Text(ABC):
 
         Floats are float32 here, and captions have their greatest length.
         """
+
+    def shown_tokens(self, references: Sequence[tuple[int, int]]) -> int:
+        """Return how many tokens of a caption stand for its reference pictures, beside those of `shapes`.
+
+        Args:
+            references: their heights and widths in pixels.
+        """
+        return 0
 
 
 class MaskedText(Text):

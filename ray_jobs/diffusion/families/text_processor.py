@@ -1,4 +1,4 @@
-"""Processors of models for text and images, without their images."""
+"""Processors of models for text and images, which would need torchvision for videos."""
 
 from typing import Any
 
@@ -23,3 +23,25 @@ def text_processor(kind: Any, tokenizer: Tokenizer) -> Any:
             return ProcessorMixin.__call__(self, text=texts, **options)
 
     return TextProcessor(tokenizer, getattr(tokenizer, "chat_template", None))
+
+
+def picture_processor(kind: Any, image_processor: Any, tokenizer: Tokenizer) -> Any:
+    """Return a processor of a class of transformers for texts and pictures, without its part for videos.
+
+    Args:
+        image_processor: one that computes with Pillow, so that embeddings do not depend on what is installed.
+    """
+    base: Any = kind
+
+    class PictureProcessor(base):
+        """A processor that was given none of videos."""
+
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return ["image_processor", "tokenizer"]
+
+        def __init__(self, image_processor: Any, tokenizer: Any, chat_template: Any = None) -> None:
+            base.__init__(self, image_processor, tokenizer, None, chat_template)
+
+    PictureProcessor.__name__ = kind.__name__  # as it is saved
+    return PictureProcessor(image_processor, tokenizer, getattr(tokenizer, "chat_template", None))
