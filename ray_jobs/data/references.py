@@ -56,7 +56,8 @@ def check_references(config: Config) -> None:
     rows with references are ranked by targets.
 
     Raises:
-        ConfigError: one of these is not so, or it paints into masks and the sources name none.
+        ConfigError: one of these is not so, or it paints into masks, or edits only, and the sources name
+            none.
     """
     count, base = config.data.num_references, config.model.base
     family = family_in(local_path(base), revision=config.model.revision)
@@ -64,6 +65,11 @@ def check_references(config: Config) -> None:
         raise ConfigError(
             f"data.sources: mask_column is missing: {base} ({family.pipeline_class}) paints into a mask of "
             "each row; name the column of masks, which are white where the image is to be painted"
+        )
+    if family.needs_references and not count:
+        raise ConfigError(
+            f"data.sources: reference_columns is missing: {base} ({family.pipeline_class}) edits images; "
+            "name the columns of reference images, or choose a model that draws without, as Qwen-Image"
         )
     if not count:
         _check_ranking(config)
@@ -73,6 +79,6 @@ def check_references(config: Config) -> None:
         raise ConfigError(
             f"data.sources: reference_columns: {count} reference images a row, but {base} "
             f"({family.pipeline_class}) takes {takes}; remove them, or choose a model that edits images, as "
-            "FLUX.1 Kontext, FLUX.2 or FLUX.3"
+            "FLUX.1 Kontext, FLUX.2, FLUX.3 or Qwen-Image-Edit"
         )
     reference_sizes(config)

@@ -39,6 +39,7 @@ class PublishedBase:
         own_area: see `Family.own_area`.
         size_arguments: of the pipeline, see `Family.size_arguments`.
         references: names of the reference pictures; empty if it has none.
+        before_drawing: lines of the program, see `Family.before_drawing`.
         takes_one: True if the pipeline takes one reference picture, and no list.
         paints_masks: see `Family.paints_masks`.
         torchvision: True if plain diffusers needs it to load the base.
@@ -51,6 +52,7 @@ class PublishedBase:
     own_area: bool = False
     size_arguments: Mapping[str, object] = field(default_factory=dict)
     references: tuple[str, ...] = ()
+    before_drawing: tuple[str, ...] = ()
     takes_one: bool = False
     paints_masks: bool = False
     torchvision: bool = False
@@ -233,6 +235,7 @@ def usage(
             *(["from safetensors.torch import load_file"] if MAGNITUDES[0] in load else []),
             "",
             *load,
+            *base.before_drawing,
             *_references(base),
             "picture = pipeline(",
             f"    prompt={prompt!r},",  # by name: FLUX.2's pipelines take an image first

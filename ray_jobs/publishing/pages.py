@@ -73,13 +73,16 @@ def published_base(config: Config) -> PublishedBase:
     base, revision = local_path(model.base), model.revision
     index = read_index(base, revision)
     family = family_of(index["_class_name"])
+    columns = tuple(config.data.all_sources[0].reference_columns)
+    side = config.data.reference_resolution or config.data.resolution
     return PublishedBase(
         on_hub=not Path(base).is_dir(),
         variant=variant_name(base, revision=revision),
         injected=without_lora_loader(base, revision=revision),
         own_area=family.own_area,
         size_arguments=family.size_arguments(config.data.resolution, config.data.resolution),
-        references=tuple(config.data.all_sources[0].reference_columns),
+        references=columns,
+        before_drawing=family.before_drawing((side, side)) if columns else (),
         takes_one=family.max_references == 1,
         paints_masks=family.paints_masks,
         torchvision=has_processor(base, revision=revision),

@@ -46,20 +46,12 @@ def load(folder: Path, variant: str | None = None) -> Any:
     if isinstance(pipeline, diffusers.FluxFillPipeline):
         pipeline.__class__ = type("FluxFillPipeline", (_AllPainted, diffusers.FluxFillPipeline), {})
     if isinstance(pipeline, diffusers.QwenImageEditPlusPipeline):
-        pipeline.text_encoder.register_forward_pre_hook(_with_places_of_pictures, with_kwargs=True)
+        exec("\n".join(family_of(SEEING).before_drawing((64, 64))), {"pipeline": pipeline})
         pipeline.__class__ = type(SEEING, (_Edits, diffusers.QwenImageEditPlusPipeline), {})
     return pipeline
 
 
 SEEING = "QwenImageEditPlusPipeline"
-
-
-def _with_places_of_pictures(encoder: Any, _: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Tell Qwen's encoder which tokens are pictures, which the pipeline forgets under transformers 5."""
-    if inputs.get("pixel_values") is None:
-        return (), inputs
-    places = (inputs["input_ids"] == encoder.config.image_token_id).int()
-    return (), {"mm_token_type_ids": places, **inputs}
 
 
 class _Edits:

@@ -44,6 +44,7 @@ NAMES = {
     "FluxKontextPipeline": ("lora_unet_double_blocks_0_txt_attn_qkv", 3),
     "ChromaPipeline": ("lora_unet_double_blocks_0_txt_attn_proj", 1),
     "Lumina2Pipeline": ("lora_unet_layers_0_attention_qkv", 3),
+    "QwenImageEditPlusPipeline": ("lora_unet_transformer_blocks_0_attn_to_out_0", 1),
     "QwenImagePipeline": ("lora_unet_transformer_blocks_0_attn_to_out_0", 1),
     "ZImagePipeline": ("lora_unet_layers_0_attention_to_out_0", 1),
     "Flux2KleinPipeline": ("lora_unet_single_blocks_0_linear2", 1),

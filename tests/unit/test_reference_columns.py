@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from PIL import Image
 
 from cluster.storage import Storage
@@ -19,8 +20,15 @@ from ray_jobs.data.encoding.tensors import read_tensors
 from ray_jobs.data.feeding.streaming import DecodeBatch, EncodeBatch, unpack
 from ray_jobs.data.references import check_references, suited_to_references
 from ray_jobs.data.sources.samples import Source
+from ray_jobs.diffusion.families import FAMILIES
+from ray_jobs.diffusion.families.text import LENGTHS, MASK, NULL
+from ray_jobs.diffusion.sampling import encode_prompts, null_captions
 from ray_jobs.planning.checks import check_stages
-from ray_jobs.training.batch import PAINTED
+from ray_jobs.training.batch import PAINTED, InputMaker, Piece
+from ray_jobs.training.rehearsal import blank
+from ray_jobs.training.setup import build_model
+from ray_jobs.weights.encoders import Encoders
+from ray_jobs.weights.loading import load_pipeline
 from tests.tiny_models import write as write_model
 from tests.unit.test_sources import (
     dreambooth,
@@ -222,7 +230,7 @@ def test_a_mask_is_cut_and_turned_as_its_picture_and_keeps_its_colours() -> None
         assert np.corrcoef(bright.ravel(), mask.ravel().astype(int))[0, 1] > 0.95
 
 
-@pytest.mark.parametrize("name", ["FluxKontextPipeline", "FluxFillPipeline"])
+@pytest.mark.parametrize("name", ["FluxKontextPipeline", "FluxFillPipeline", "QwenImageEditPlusPipeline"])
 def test_rows_that_are_streamed_have_the_references_and_masks_of_those_that_are_stored(
     tmp_path: Path, name: str
 ) -> None:
@@ -266,6 +274,8 @@ def test_rows_that_are_streamed_have_the_references_and_masks_of_those_that_are_
     pixels = np.frombuffer(decoded["pixels"], np.uint8).reshape(3, 64, 64, 3)
     table = encoder._table(part, decoded, pixels, [0, 1, 2])
     names = ["latents_mean", "mask", *(PAINTED if paints else ("reference_0",))]
+    seen = FAMILIES[name].text.sees_references
+    names += [prefix + column for prefix in ("", NULL) for column in FAMILIES[name].text.embeds if seen]
     stored = read_tensors(table, names)
     assert stored["mask"].shape == (3, 1, 8, 8)
     assert 0 < stored["mask"].min() < stored["mask"].max() <= 1
@@ -301,9 +311,48 @@ def test_rows_that_are_streamed_have_the_references_and_masks_of_those_that_are_
     )
     for name in names:
         assert np.allclose(streamed[name], stored[name], atol=1e-5), name
+    if seen:
+        rows_of_training(base, config, {each: torch.from_numpy(stored[each]) for each in names}, shown)
     changed = [[*others, files[0]] for *others, _ in further]
     with pytest.raises(ChangedFile, match="a reference or mask changed"):
         Decode(config)(gathered | {"further": changed})
+
+
+def rows_of_training(
+    base: Path, config: Config, rows: dict[str, torch.Tensor], shown: list[Image.Image]
+) -> None:
+    """Captions come with the pictures of their own rows, and so do dropped ones."""
+    pipeline, model = build_model(config)
+    model.family.loaded(pipeline)
+    whole = load_pipeline(str(base))
+    pictures = [torch.stack([torch.from_numpy(np.array(each)).permute(2, 0, 1) for each in shown])]
+    captions = encode_prompts(whole, ["a"] * 3, pictures=pictures)
+    null = null_captions(whole, pictures=pictures)
+    assert not torch.allclose(captions["prompt_embeds"][0], captions["prompt_embeds"][1], atol=1e-3)
+    rows |= {"latents_logvar": torch.zeros_like(rows["latents_mean"])}
+    piece = Piece(rows, [0, 1, 2], [1 / 3] * 3)
+    empty = Encoders(str(base)).encode_captions([""], negative=True)
+    for dropout, expected in ((0.0, captions), (1.0, null)):
+        maker = InputMaker(
+            pipeline.vae,
+            model,
+            empty,
+            torch.device("cpu"),
+            seed=0,
+            caption_dropout=dropout,
+            num_references=1,
+            has_masks=True,
+        )
+        assert (NULL + MASK in maker.columns) == (dropout > 0) and set(maker.columns) <= rows.keys()
+        inputs, _ = maker.make(piece, 1)
+        conditions = inputs["conditions"]
+        for column, each in expected.items():
+            assert torch.allclose(conditions[column].float(), each.float(), atol=1e-5), column
+        assert conditions[LENGTHS].tolist() == expected[MASK].sum(dim=1).tolist()
+        assert torch.isfinite(model(**inputs)).all()
+        blank_rows = blank(maker, (4, 8, 8), 2, [(4, 4, 4)]).rows
+        assert blank_rows[MASK].shape[1] == conditions[MASK].shape[1]
+        assert torch.isfinite(model(**maker.make(Piece(blank_rows, [0, 1], [1.0] * 2), 0)[0])).all()
 
 
 def _png(seed: int, mode: str = "RGB") -> bytes:
@@ -362,6 +411,10 @@ def test_a_model_that_takes_fewer_references_is_told_before_anything_is_reserved
         write_model("SanaPipeline", tmp_path / "b"),
     )
     check_references(edits(editor))
+    seeing = write_model("QwenImageEditPlusPipeline", tmp_path / "d")
+    check_references(edits(seeing, sources=[{"path": "x", "reference_columns": ["a", "b", "c"]}]))
+    with pytest.raises(ConfigError, match="reference_columns is missing: .*EditPlusPipeline.* edits images"):
+        check_references(edits(seeing, sources=[{"path": "x"}]))
     painter = write_model("FluxFillPipeline", tmp_path / "c")
     check_references(edits(painter, sources=[{"path": "x", "mask_column": "mask"}]))
     with pytest.raises(ConfigError, match="mask_column is missing: .*FluxFillPipeline.* paints into a mask"):

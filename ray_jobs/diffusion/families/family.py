@@ -71,6 +71,8 @@ class Family(ABC):
     left of the crop, target height and width (arXiv 2307.01952, section 2.2)."""
     max_references: int = 0
     """The most pictures that the denoiser looks at beside the one it draws; 0: it takes none."""
+    needs_references: bool = False
+    """Whether diffusers' pipeline draws from reference pictures only."""
     control: Control | None = None
     """The family's ControlNets; None: there are none that are supported."""
     paints_masks: bool = False
@@ -264,6 +266,14 @@ class Family(ABC):
     def size_arguments(self, height: int, width: int) -> dict[str, Any]:
         """Return the further arguments with which diffusers' pipeline draws images of a size, in pixels."""
         return {}
+
+    def before_drawing(self, reference: tuple[int, int]) -> tuple[str, ...]:
+        """Return lines of Python without which diffusers' `pipeline` edits otherwise than this family.
+
+        Args:
+            reference: height and width of the reference pictures in pixels.
+        """
+        return ()
 
     def native_size(self, pipeline: Pipeline) -> tuple[int, int]:
         """Return height and width of the model's native images, in pixels."""

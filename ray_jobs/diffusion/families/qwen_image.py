@@ -48,7 +48,7 @@ class QwenImageText(MaskedText):
     def embed(self, encoders: Encoders, tokens: Captions) -> Captions:
         encoder = encoders["text_encoder"]
         found = encoder(
-            tokens["input_ids"].long(),  # as places of pictures need it
+            input_ids=tokens["input_ids"].long(),  # as places of pictures need it
             attention_mask=tokens["attention_mask"].long(),
             output_hidden_states=True,
             use_cache=False,

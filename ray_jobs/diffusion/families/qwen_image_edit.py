@@ -38,9 +38,8 @@ class QwenImageEditText(QwenImageText):
     ragged = ("prompt_embeds",)
     sees_references = True
 
-    def tokenizer_of(self, pipeline: Any, name: str) -> Tokenizer:
-        found: Tokenizer = pipeline.processor.tokenizer
-        return found
+    def tokenizer_of(self, pipeline: Any, name: str) -> Tokenizer | None:
+        return pipeline.processor.tokenizer if name == "input_ids" else None
 
     def as_prompt(self, caption: str) -> str:
         """Return the caption without what would stand for a picture that is not there."""
@@ -94,7 +93,34 @@ class QwenImageEdit(QwenImage):
 
     pipeline_class = "QwenImageEditPlusPipeline"
     text = QwenImageEditText()
+    needs_references = True
     max_references = 3  # as its release notes advise; the pipeline has no limit
+
+    def loaded(self, pipeline: Pipeline) -> None:
+        """Let layers that see two timesteps of each row, 0 for its references, see them as one row's.
+
+        diffusers 0.42.1 gives them those of all rows and then as many zeros, by which adapters that differ
+        from row to row would be mixed up.
+        """
+        transformer = pipeline.transformer
+        if transformer is None or not transformer.config.get("zero_cond_t"):
+            return
+        blocks = transformer.transformer_blocks
+        for part in (transformer.time_text_embed.timestep_embedder, *(block.img_mod for block in blocks)):
+            part.register_forward_pre_hook(_by_rows)
+            part.register_forward_hook(_by_timesteps)
+
+    def before_drawing(self, reference: tuple[int, int]) -> tuple[str, ...]:
+        return (
+            "from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edits",
+            "",
+            "def place_pictures(encoder, _, inputs):  # diffusers 0.42.1 forgets which tokens are pictures",
+            '    places = (inputs["input_ids"] == encoder.config.image_token_id).int()',
+            '    return (), {**inputs, "mm_token_type_ids": places}',
+            "",
+            "pipeline.text_encoder.register_forward_pre_hook(place_pictures, with_kwargs=True)",
+            f"edits.VAE_IMAGE_SIZE = {reference[0]} * {reference[1]}  # pixels to which it scales references",
+        )
 
     def tiny(self, captions: Sequence[str], variant: str = "") -> Pipeline:
         from diffusers import QwenImageEditPlusPipeline
@@ -105,6 +131,17 @@ class QwenImageEdit(QwenImage):
         pipeline = QwenImageEditPlusPipeline(processor=processor, **parts)
         pipeline.register_to_config(processor=("transformers", "Qwen2VLProcessor"))  # as it is published
         return pipeline
+
+
+def _by_rows(_: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Turn what is told of N rows' timesteps, then of as many zeros, 2N x width, into N x 2 x width."""
+    told, *others = inputs
+    return told.unflatten(0, (2, -1)).transpose(0, 1), *others
+
+
+def _by_timesteps(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+    """Inverse of `_by_rows`, for the output."""
+    return output.transpose(0, 1).flatten(0, 1)
 
 
 def shown_size(height: int, width: int) -> tuple[int, int]:
