@@ -135,7 +135,7 @@ def denoiser_call(pipeline: Any, family: Family, *, with_reference: bool = False
     given |= {"image": Image.fromarray(noise_pictures(1)[0])} if with_reference else {}
     plain_diffusers.keep_size(pipeline, SIDE, SIDE)
     with torch.no_grad():
-        pipeline(prompt=list(PROMPTS), **plain_diffusers.known(pipeline, given))
+        pipeline(prompt=prompts_of(family), **plain_diffusers.known(pipeline, given))
     hook.remove()
     first = calls[:: len(calls) // (len(calls) // steps)] if len(calls) > steps else calls[:1]
     names = list(first[0][1])
@@ -197,15 +197,24 @@ def config_of(folder: Path, method: str) -> Config:
     )
 
 
+def prompts_of(family: Family) -> list[str]:
+    """Return the prompts of the rows: of one length where the pipeline draws one at a time, without masks."""
+    return [PROMPTS[0]] * len(PROMPTS) if family.text.sees_references else list(PROMPTS)
+
+
 def our_loop(config: Config) -> Loop:
-    """Return training's steps on the rows that `prepare` would store of noise and of `PROMPTS`."""
+    """Return training's steps on the rows that `prepare` would store of noise and of the prompts."""
     encoders = Encoders(config.model.base)
+    prompts = prompts_of(encoders.family)
     pixels = noise_pictures(len(PROMPTS))
     mean, logvar = encoders.encode_pictures(pixels)
     sizes = torch.tensor([[SIDE, SIDE, 0, 0, SIDE, SIDE]] * len(PROMPTS), dtype=torch.int32)
     rows = {"latents_mean": mean, "latents_logvar": logvar, "conditioning": sizes}
     rows |= {reference(number): mean for number in range(config.data.num_references)}
-    rows |= encoders.encode_captions(list(PROMPTS))
+    if encoders.family.text.sees_references and config.data.num_references:
+        rows |= encoders.encode_shown(prompts, np.stack([pixels] * config.data.num_references, axis=1))
+    else:
+        rows |= encoders.encode_captions(prompts)
     rows |= encoders.encode_masked(tiny_models.half_painted(pixels))
     pipeline, model = build_model(config)
     return Loop(config, pipeline, model, encoders.encode_captions([""]), rows, torch.device("cpu"))

@@ -15,7 +15,7 @@ from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
 from ray_jobs.config import WHOLE_TENSORS, Config
-from ray_jobs.data.encoding.shapes import square_latents, square_references
+from ray_jobs.data.encoding.shapes import shown_tokens, square_latents, square_references
 from ray_jobs.diffusion.families import Conditions, Family
 from ray_jobs.diffusion.families.family import MASK_PIXELS, MASKED, reference
 from ray_jobs.diffusion.finetuning import ADAPTER, FineTuning
@@ -161,9 +161,7 @@ def blank_conditions(
         for name, (shape, dtype) in family.text.shapes(denoiser.config).items()
     }
     side = config.data.resolution
-    if family.text.sees_references:
-        seen = (config.data.reference_resolution or side,) * 2
-        shown = family.text.shown_tokens([seen] * config.data.num_references)
+    if shown := shown_tokens(config, family.text):
         for name in family.text.embeds:
             _, tokens, *width = found[name].shape
             found[name] = torch.empty((rows, tokens + shown, *width), dtype=found[name].dtype)

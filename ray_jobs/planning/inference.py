@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from cluster.fetched import local_path
 from ray_jobs.config import Config
-from ray_jobs.data.encoding.shapes import square_latents
+from ray_jobs.data.encoding.shapes import shown_tokens, square_latents
 from ray_jobs.diffusion.families import Captions, Family, family_of
 from ray_jobs.diffusion.precision import PRECISIONS, cast, to_precision
 from ray_jobs.diffusion.quantization import quantize
@@ -106,9 +106,15 @@ def engines_of(config: Config) -> int:
 
 
 def _longest_caption(config: Config) -> Captions:
-    """Return the tokens of a caption that fills all of its places; none if the model has no text encoders."""
+    """Return the tokens of a caption that fills all of its places; none if the model has no text encoders.
+
+    Tokens of pictures take as much as those of words; what their own layers compute before is less.
+    """
     text, tokenizers = load_text(local_path(config.model.base), revision=config.model.revision)
-    return text.tokenize(tokenizers, [text.as_prompt("a " * MANY_WORDS)]) if vars(tokenizers) else {}
+    if not vars(tokenizers):
+        return {}
+    tokens, shown = text.tokenize(tokenizers, [text.as_prompt("a " * MANY_WORDS)]), shown_tokens(config, text)
+    return {name: torch.cat([each, each[:, :1].expand(-1, shown)], dim=1) for name, each in tokens.items()}
 
 
 def _measuring(config: Config) -> tuple[int, int]:

@@ -64,6 +64,9 @@ class _Edits:
         options["negative_prompt"] = negative_prompt
         if image is None:
             return self._plain(**options)
+        if isinstance(prompts := options["prompt"], list):  # it takes one
+            found = [self(image=image, **options | {"prompt": prompt}).images for prompt in prompts]
+            return SimpleNamespace(images=torch.cat(found))
         from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as module
 
         scaled = module.calculate_dimensions
@@ -76,7 +79,7 @@ class _Edits:
 
         module.calculate_dimensions = own
         try:
-            return diffusers.QwenImageEditPlusPipeline.__call__(self, image=image, **options)  # type: ignore[arg-type]
+            return diffusers.QwenImageEditPlusPipeline.__call__(self, image=image, **options)
         finally:
             module.calculate_dimensions = scaled
 

@@ -1,6 +1,7 @@
 """Reference pictures come with the rows of every kind of source, and decide what a row is."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ray_jobs.diffusion.families import FAMILIES
 from ray_jobs.diffusion.families.text import LENGTHS, MASK, NULL
 from ray_jobs.diffusion.sampling import encode_prompts, null_captions
 from ray_jobs.planning.checks import check_stages
+from ray_jobs.planning.footprint import blank_conditions
 from ray_jobs.training.batch import PAINTED, InputMaker, Piece
 from ray_jobs.training.rehearsal import blank
 from ray_jobs.training.setup import build_model
@@ -319,11 +321,10 @@ def test_rows_that_are_streamed_have_the_references_and_masks_of_those_that_are_
 
 
 def rows_of_training(
-    base: Path, config: Config, rows: dict[str, torch.Tensor], shown: list[Image.Image]
+    base: Path, config: Config, rows: dict[str, torch.Tensor], shown: Sequence[Image.Image]
 ) -> None:
     """Captions come with the pictures of their own rows, and so do dropped ones."""
     pipeline, model = build_model(config)
-    model.family.loaded(pipeline)
     whole = load_pipeline(str(base))
     pictures = [torch.stack([torch.from_numpy(np.array(each)).permute(2, 0, 1) for each in shown])]
     captions = encode_prompts(whole, ["a"] * 3, pictures=pictures)
@@ -350,6 +351,8 @@ def rows_of_training(
             assert torch.allclose(conditions[column].float(), each.float(), atol=1e-5), column
         assert conditions[LENGTHS].tolist() == expected[MASK].sum(dim=1).tolist()
         assert torch.isfinite(model(**inputs)).all()
+        planned = blank_conditions(config, model.family, model.denoiser)
+        assert planned[MASK].shape[1] == conditions[MASK].shape[1]
         blank_rows = blank(maker, (4, 8, 8), 2, [(4, 4, 4)]).rows
         assert blank_rows[MASK].shape[1] == conditions[MASK].shape[1]
         assert torch.isfinite(model(**maker.make(Piece(blank_rows, [0, 1], [1.0] * 2), 0)[0])).all()

@@ -9,6 +9,7 @@ from ray_jobs.weights.model_files import family_in, latent_shapes, max_area, max
 
 if TYPE_CHECKING:
     from ray_jobs.diffusion.families import Family
+    from ray_jobs.diffusion.families.text import Text
 
 
 def picture_shapes(config: Config) -> list[Size]:
@@ -82,6 +83,12 @@ def square_references(config: Config) -> list[tuple[int, ...]]:
     data = config.data
     shape = _square_latents(config, data.reference_resolution or data.resolution)
     return [shape] * data.num_references
+
+
+def shown_tokens(config: Config, text: "Text") -> int:
+    """Return how many tokens of a caption stand for a square picture's references; 0 if none are seen."""
+    side = config.data.reference_resolution or config.data.resolution
+    return text.shown_tokens([(side, side)] * config.data.num_references)
 
 
 def _square_latents(config: Config, side: int) -> tuple[int, ...]:
