@@ -238,6 +238,14 @@ PUBLISHED = {
     "Qwen-Image": Published(
         "QwenImagePipeline", QwenImageTransformer2DModel, {}, 20.4, 60 * 4, AutoencoderKLQwenImage
     ),
+    "Qwen-Image-Edit 2511": Published(
+        "QwenImageEditPlusPipeline",
+        QwenImageTransformer2DModel,
+        {"zero_cond_t": True},
+        20.4,
+        60 * 4,
+        AutoencoderKLQwenImage,
+    ),
     "Qwen-Image 2.1": Published(
         "QwenImage21Pipeline", QwenImage21Transformer2DModel, {}, 7.1, 32 * 4, AutoencoderKLQwenImage21
     ),

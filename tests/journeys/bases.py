@@ -232,6 +232,7 @@ BASES: dict[str, Callable[[Path], Path]] = {
     "Z-Image": z_image,
     "FLUX.2 klein": flux_2_klein,
     "Qwen-Image": qwen_image,
+    "Qwen-Image-Edit": partial(in_shards, "QwenImageEditPlusPipeline"),
     "FLUX.2 dev": partial(in_shards, "Flux2Pipeline"),
     "Krea 2": partial(in_shards, "Krea2Pipeline"),
     "HiDream-I1": partial(in_shards, "HiDreamImagePipeline"),

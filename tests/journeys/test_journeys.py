@@ -14,6 +14,7 @@
 | krea-2     | Krea 2, whose captions are ragged   | folder of shapes             | lora                   |
 | hidream    | HiDream, with four text encoders    | folder of shapes, buckets    | lora                   |
 | edits      | FLUX.2 klein                        | pairs, two references, masks | lora                   |
+| edits-stream | Qwen-Image-Edit                   | pairs, two references        | lora, `encode: stream` |
 | fill       | FLUX.1 Fill                         | pictures with masks          | lora                   |
 | quantized  | FLUX.1-dev                          | folder of shapes             | lora on an int8 base   |
 
@@ -121,6 +122,18 @@ JOURNEYS = [
             "data": {"reference_resolution": 32},
             "train": {"loss": {"outside_mask": 0.1}},
             "search": {"learning_rates": [0.02]},
+        },
+        trainings=1,
+    ),
+    Journey(
+        "edits-stream",
+        "Qwen-Image-Edit",
+        pictures.pairs,
+        {
+            "data": {"encode": "stream"},
+            "train": {"caption_dropout": 0.5},
+            "search": {"learning_rates": [0.02]},
+            "evaluate": {"prompts": ["make it red"]},
         },
         trainings=1,
     ),

@@ -7,16 +7,18 @@ import contextlib
 import io
 import json
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from cluster.shape import embedded
 from ray_jobs.config import Config
+from ray_jobs.diffusion.families.text_processor import picture_processor
 from ray_jobs.pipeline import pipeline
 from ray_jobs.planning.plan import plan
 from ray_jobs.planning.settled import settled
@@ -163,7 +165,10 @@ def files_of(config: Config) -> dict[str, Image.Image]:
     if source.mask_column and not source.reference_columns:
         before = draw(captions()[0], 0).resize((SIDE, SIDE))
         return {"before": before, "mask": before.convert("L").point(lambda level: 255 * (level < 250))}
-    return {name: draw(captions()[number], number) for number, name in enumerate(source.reference_columns)}
+    found = {name: draw(captions()[number], number) for number, name in enumerate(source.reference_columns)}
+    if config.data.reference_resolution:
+        return found
+    return {name: picture.resize((SIDE, SIDE)) for name, picture in found.items()}
 
 
 def _file(picture: Image.Image) -> bytes:
@@ -180,12 +185,27 @@ def plain_picture(card: str, config: Config, version: RegisteredModel) -> Any:
     for name, given in files_of(config).items():
         given.save(folder / f"{name}.png")
     try:
-        with contextlib.chdir(folder):
+        with contextlib.chdir(folder), _without_videos():
             exec(program(card), {})
         return np.asarray(Image.open(picture)).astype(int)
     finally:
         beside.unlink()
         picture.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _without_videos() -> Iterator[None]:
+    """Load Qwen2.5-VL's processor without its part for videos, which would need torchvision."""
+    import transformers
+
+    def load(folder: str, **_: object) -> Any:
+        pictures = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        return picture_processor(transformers.Qwen2VLProcessor, pictures, tokenizer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers.Qwen2VLProcessor, "from_pretrained", load)
+        yield
 
 
 def prompt_of(card: str) -> str:
