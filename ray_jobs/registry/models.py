@@ -54,6 +54,7 @@ class RegisteredModel:
     text_quantization: str | None = None  # its `model.quantize_text`
     data: str | None = None  # digest of the prepared data of its training
     folds: int | None = None  # `search.folds` of its search; above 0, it was trained on validation pictures
+    reference_resolution: int | None = None  # its `data.reference_resolution`
 
 
 @dataclass(frozen=True)
@@ -295,4 +296,5 @@ def _of(found: "ModelVersion", metrics: dict[str, float], params: Mapping[str, s
         text_quantization=found.tags.get("base_text_quantization"),
         data=found.tags.get("data_digest") or params.get("dataset"),
         folds=int(folds) if folds else None,
+        reference_resolution=int(side) if (side := found.tags.get("reference_resolution")) else None,
     )

@@ -243,6 +243,8 @@ def _tags(config: Config, measured: Measured | None, digest: str) -> dict[str, s
         "code_version": code_version(),
         "signature": json.dumps(signature(config.data.resolution)),
     }
+    if config.data.reference_resolution:
+        tags["reference_resolution"] = str(config.data.reference_resolution)
     if measured is None:
         return tags
     return tags | {

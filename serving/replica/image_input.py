@@ -1,7 +1,7 @@
 """Decode the images that clients send into the engine's input. They are untrusted."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ray_jobs.pictures import reading
 from serving.schemas import APIError
@@ -34,27 +34,44 @@ def read_picture(content: bytes, height: int, width: int) -> "torch.Tensor":
     return torch.from_numpy(array(ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)))
 
 
-def read_references(contents: Sequence[bytes], multiple: int, max_side: int) -> "tuple[torch.Tensor, ...]":
-    """Decode image files into references: each uint8, height x width x 3.
+class References(NamedTuple):
+    """References of a request.
 
-    They are read as by `read_picture`, scaled down where they have more than `REFERENCE_PIXELS` pixels or a
-    side of more than `max_side`, and cropped centrally to sides that are multiples of `multiple`.
+    Attributes:
+        pictures: each uint8, height x width x 3.
+        size: height and width of an image of the first one's shape, scaled as by `REFERENCE_PIXELS`.
+    """
+
+    pictures: "tuple[torch.Tensor, ...]"
+    size: tuple[int, int]
+
+
+def read_references(
+    contents: Sequence[bytes], multiple: int, max_side: int, resolution: int | None = None
+) -> References:
+    """Decode image files into references.
+
+    They are read as by `read_picture`, scaled down where they have too many pixels or a side of more than
+    `max_side`, and cropped centrally to sides that are multiples of `multiple`.
+
+    Args:
+        resolution: root of the most pixels that they may have; None: that of `REFERENCE_PIXELS`.
 
     Raises:
         APIError: 400, as by `read_picture`, or a side is too short; names the file's number.
     """
-    several = len(contents) > 1
-    return tuple(
-        _reference(content, f"picture {number}: " if several else "", multiple, max_side)
-        for number, content in enumerate(contents, start=1)
-    )
-
-
-def _reference(content: bytes, which: str, multiple: int, max_side: int) -> "torch.Tensor":
     import torch
     from numpy import array
 
-    return torch.from_numpy(array(_fitted(_decoded(content, which), which, multiple, max_side)))
+    pictures, size = list[torch.Tensor](), (0, 0)
+    most = resolution**2 if resolution else REFERENCE_PIXELS
+    for number, content in enumerate(contents, start=1):
+        which = f"picture {number}: " if len(contents) > 1 else ""
+        picture = _decoded(content, which)
+        if number == 1:
+            size = _size(*_scaled(picture, REFERENCE_PIXELS, max_side), multiple)
+        pictures.append(torch.from_numpy(array(_fitted(picture, which, multiple, max_side, most))))
+    return References(tuple(pictures), size)
 
 
 def read_masked(
@@ -97,21 +114,35 @@ def read_masked(
     return torch.from_numpy(dstack([colours, 255 * (hole < reading.WHITE).astype(hole.dtype)]))
 
 
-def _fitted(picture: "Image.Image", which: str, multiple: int, max_side: int) -> "Image.Image":
-    """Scale a picture down and crop it, as a reference; `which` says in errors which one it is."""
+def _fitted(
+    picture: "Image.Image", which: str, multiple: int, max_side: int, most: int = REFERENCE_PIXELS
+) -> "Image.Image":
+    """Scale a picture down to at most `most` pixels and crop it; `which` says in errors which one it is."""
     from PIL import Image
 
-    area = picture.width * picture.height
-    scale = min(1.0, (REFERENCE_PIXELS / area) ** 0.5, max_side / max(picture.size))
-    # A side that is a whole number may come out a little less.
-    width, height = (int(side * scale + 1e-6) for side in picture.size)
-    if min(width, height) < multiple:
+    width, height = _scaled(picture, most, max_side)
+    cut_height, cut_width = _size(width, height, multiple)
+    if not cut_height or not cut_width:
         size = f"{picture.width}x{picture.height} pixels"
         raise _invalid(f"{which}{size}; its shorter side must be at least {multiple}, also once scaled down")
     if (width, height) != picture.size:
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     left, top = width % multiple // 2, height % multiple // 2
-    return picture.crop((left, top, left + width // multiple * multiple, top + height // multiple * multiple))
+    return picture.crop((left, top, left + cut_width, top + cut_height))
+
+
+def _scaled(picture: "Image.Image", most: int, max_side: int) -> tuple[int, int]:
+    """Return the width and height of a picture that is scaled down to at most `most` pixels."""
+    area = picture.width * picture.height
+    scale = min(1.0, (most / area) ** 0.5, max_side / max(picture.size))
+    # A side that is a whole number may come out a little less.
+    width, height = (int(side * scale + 1e-6) for side in picture.size)
+    return width, height
+
+
+def _size(width: int, height: int, multiple: int) -> tuple[int, int]:
+    """Return height and width, cut to multiples."""
+    return height // multiple * multiple, width // multiple * multiple
 
 
 def _decoded(content: bytes, which: str = "") -> "Image.Image":

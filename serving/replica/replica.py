@@ -370,10 +370,10 @@ def _with_pixels(routed: RoutedRequest, thread: "EngineThread") -> Request:
         image = None if routed.image is None else masked[..., :3]
         return replace(request, masked=masked, image=image, height=height, width=width)
     if routed.references:
-        references = read_references(routed.references, engine.size_multiple, engine.max_side)
-        height, width = references[0].shape[:2]
-        height, width = request.height or height, request.width or width
-        request = replace(request, references=references, height=height, width=width)
+        trained = routed.version.reference_resolution if routed.version else None
+        pictures, size = read_references(routed.references, engine.size_multiple, engine.max_side, trained)
+        height, width = request.height or size[0], request.width or size[1]
+        request = replace(request, references=pictures, height=height, width=width)
     if routed.image is not None:
         height, width = engine.own_size
         image = read_picture(routed.image, request.height or height, request.width or width)

@@ -192,7 +192,7 @@ def test_a_reference_is_fitted_as_the_pipeline_fits_it(height: int, width: int) 
     from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 
     noise = torch.randint(256, (height, width, 3), dtype=torch.uint8, generator=torch.manual_seed(0))
-    (fitted,) = read_references([as_file(noise)], 16, 4096)
+    (fitted,) = read_references([as_file(noise)], 16, 4096).pictures
     theirs = Flux2ImageProcessor._resize_if_exceeds_area(Image.fromarray(noise.numpy()))
     height, width = (side // 16 * 16 for side in reversed(theirs.size))
     expected = Flux2ImageProcessor().preprocess(theirs, height=height, width=width, resize_mode="crop")
@@ -201,7 +201,10 @@ def test_a_reference_is_fitted_as_the_pipeline_fits_it(height: int, width: int) 
 
 def test_a_reference_keeps_to_the_longest_side_and_is_not_scaled_up() -> None:
     wide, small = as_file(picture(1, 160, 480)), as_file(picture(1, 32, 48))
-    assert [each.shape for each in read_references([wide, small], 16, 128)] == [(32, 128, 3), (32, 48, 3)]
+    pictures, size = read_references([wide, small], 16, 128)
+    assert [each.shape for each in pictures] == [(32, 128, 3), (32, 48, 3)] and size == (32, 128)
+    trained, size = read_references([wide, small], 16, 128, resolution=32)
+    assert [each.shape for each in trained] == [(16, 48, 3), (16, 32, 3)] and size == (32, 128)
     for file, told in (
         (as_file(picture(1, 16, 480)), "480x16 pixels; its shorter"),
         (b"GIF89a", "not a pict"),
@@ -241,6 +244,7 @@ def url(config: Config, attentive_model: Path, store: FeedbackStore, tmp_path_fa
                 None,
                 "lora",
                 {},
+                reference_resolution=TRAINED_AT if number == 2 else None,
             )
         )
     serve = {"keys": None, "allow_anonymous": True, "safety_checker": None, "drift_pictures": 0}
@@ -256,14 +260,15 @@ def client(url: str) -> Iterator[openai.OpenAI]:
         yield client
 
 
+TRAINED_AT = 80  # of the second version's references, in pixels
 FILES = [as_file(picture(1, 128, 176)), as_file(picture(2, 64, 64))]
 OWN: dict[str, Any] = {"seed": 3, "steps": 3, "guidance_scale": 2.0}
 
 
-def edited(client: openai.OpenAI, files: list[bytes], **fields: Any) -> Any:
+def edited(client: openai.OpenAI, files: list[bytes], model: str = "base", **fields: Any) -> Any:
     own = OWN | fields.pop("own", {})
     images: Any = [(f"{number}.png", file) for number, file in enumerate(files)]
-    return client.images.edit(image=images, prompt="a red star", model="base", extra_body=own, **fields)
+    return client.images.edit(image=images, prompt="a red star", model=model, extra_body=own, **fields)
 
 
 def pixels(data: Any) -> torch.Tensor:
@@ -281,7 +286,7 @@ def test_pictures_of_an_edit_are_references(
     for answer, files in zip(answers, (FILES, FILES, FILES[1:]), strict=True):
         width, height = map(int, answer.size.split("x"))
         request = Request(
-            "a red star", 3, 3, 2.0, None, height, width, references=read_references(files, 16, 128)
+            "a red star", 3, 3, 2.0, None, height, width, references=read_references(files, 16, 128).pictures
         )
         assert (pixels(answer.data[0]) - plain_diffusers.draw(plain, request)).abs().max() <= TOLERANCE
     (begin,) = drawn(
@@ -299,6 +304,23 @@ def test_pictures_of_an_edit_are_references(
             Replayer(url).draw(generation)
     facts = read_provenance(base64.b64decode(answers[0].data[0].b64_json)) or {}
     assert facts["num_references"] == 2 and "strength" not in facts
+
+
+def test_a_version_looks_at_references_of_the_size_that_it_was_trained_with(
+    client: openai.OpenAI, attentive_model: Path, tmp_path: Path
+) -> None:
+    """The picture that is drawn has the size of the first one all the same."""
+    plain = plain_diffusers.load(attentive_model)
+    load_lora(plain, write_adapter(attentive_model, tmp_path / "second", 2, **VARIANTS["attention"]))
+    answer = edited(client, FILES, model="editor@2")
+    assert answer.size == "128x80"
+    for resolution, is_drawn in ((TRAINED_AT, True), (None, False)):
+        pictures, size = read_references(FILES, 16, 128, resolution)
+        expected = plain_diffusers.draw(
+            plain, Request("a red star", 3, 3, 2.0, None, *size, references=pictures)
+        )
+        difference = (pixels(answer.data[0]) - expected).abs().max()
+        assert (difference <= TOLERANCE) == is_drawn, f"{difference} levels"
 
 
 def test_python_draws_from_paths_files_and_pictures(
