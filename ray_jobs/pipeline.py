@@ -39,7 +39,7 @@ def pipeline(config: Config, arguments: argparse.Namespace) -> None:
     say("pipeline", f"run {config.name}; results in {run.uri}")
     check = checked(config)
     dataset = prepare(config, check=check)
-    rows = dataset.manifest.rows_an_epoch
+    rows = dataset.rows_an_epoch
     if (resolved := config.with_ladder(rows)) is not config:
         config = resolved
         run.write_text(CONFIG, config.to_yaml())

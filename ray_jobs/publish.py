@@ -136,7 +136,7 @@ def _run(config: Config, arguments: argparse.Namespace) -> Winner:
     check_networks(config.evaluate)
     require_remembered(config)
     dataset = prepare(config)
-    config = config.with_ladder(dataset.manifest.rows_an_epoch)
+    config = config.with_ladder(dataset.rows_an_epoch)
     found = read_result(config, dataset)
     if found is None:
         searched = RunFolder.of(config).search

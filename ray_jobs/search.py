@@ -131,7 +131,7 @@ def _run(config: Config, arguments: argparse.Namespace) -> SearchResult:
     check_networks(config.evaluate)
     check = checked(config)
     dataset = prepare(config, check=check)
-    config = check().with_ladder(dataset.manifest.rows_an_epoch)
+    config = check().with_ladder(dataset.rows_an_epoch)
     with evaluators(config, dataset) as pool:
         return search(config, dataset, pool)
 

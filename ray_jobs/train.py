@@ -27,7 +27,7 @@ def train(config: Config) -> Rung:
     config = settled(config)
     with opened_store(config):
         dataset = prepare(config, check=checked(config, "train"))
-    config = config.with_ladder(dataset.manifest.rows_an_epoch)
+    config = config.with_ladder(dataset.rows_an_epoch)
     few, many = config.train.min_workers, config.train.max_workers
     workers = f"{few} to {many}" if config.train.is_elastic else str(few)
     name, digest = training_name(config), dataset.manifest.digest

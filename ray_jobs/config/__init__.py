@@ -57,6 +57,7 @@ from ray_jobs.config.train import (
     Schedule,
     StageConfig,
     TrainConfig,
+    VotesConfig,
 )
 from ray_jobs.config.yaml_text import write_yaml
 
@@ -91,6 +92,7 @@ __all__ = [
     "SourceConfig",
     "StageConfig",
     "TrainConfig",
+    "VotesConfig",
     "add_budget_arguments",
     "add_config_arguments",
     "home",
@@ -214,6 +216,7 @@ class Config(Section):
         self._check_masks()
         self._check_quantization()
         self._check_adapters()
+        self._check_preference()
         return self
 
     def _check_stages(self) -> None:
@@ -291,6 +294,21 @@ class Config(Section):
                 raise ValueError(
                     f"model.{field}: {given} is for adapters; set train.method: lora, or leave it out"
                 )
+
+    def _check_preference(self) -> None:
+        """Votes are on images that were drawn for a prompt alone."""
+        if self.train.preference is None:
+            return
+        if self.data.num_references or self.data.has_masks:
+            raise ValueError(
+                "train.preference: votes are on images without references or masks; leave reference_columns "
+                "and mask_column of data.sources out"
+            )
+        if self.search.folds or self.data.folds:
+            raise ValueError(
+                "train.preference: votes have a held-out split of their own; set search.folds and data.folds "
+                "to 0"
+            )
 
     @model_validator(mode="after")
     def _remembers_others(self) -> "Config":
@@ -421,6 +439,7 @@ class Config(Section):
         trial._check_masks()
         trial._check_quantization()
         trial._check_adapters()
+        trial._check_preference()
         return trial.train
 
     def _differs_in_optimizers(self, train: TrainConfig) -> bool:

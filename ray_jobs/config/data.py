@@ -250,6 +250,11 @@ class DataConfig(Section):
     augmentation: AugmentationConfig = AugmentationConfig()
     validation: Share = Field(0.15, description="share of the images on which the search is judged")
     test: Share = Field(0.15, description="share of the images that is used once, when publishing")
+    split_by: Annotated[Literal["image", "caption"], Added("image")] = Field(
+        "image",
+        description="image: each image is assigned to a split by its content; caption: by its caption, so "
+        "that no caption is in two splits",
+    )
     split_seed: int = Field(0, description="seed of the split; changing it moves images between splits")
     caption_lines: Literal["whole", "first", "each"] = Field(
         "whole",
@@ -348,6 +353,11 @@ class DataConfig(Section):
         if self.balance and self.stratify and self.balance != self.stratify:
             raise ValueError(
                 f"balance: {self.balance} is another column than stratify, {self.stratify}; give the same one"
+            )
+        if self.stratify and self.split_by == "caption":
+            raise ValueError(
+                "stratify: split_by: caption keeps the rows of a caption together, which need not have one "
+                "value; remove one of them"
             )
         if self.validation + self.test >= 1:
             raise ValueError(

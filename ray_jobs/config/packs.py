@@ -51,6 +51,8 @@ def unpackable(model: ModelConfig, train: TrainConfig, search: SearchConfig, fol
         f"trials differ in {', '.join(differing)}, which is not of their adapters": bool(differing),
         "trials whose adapters are in different layers draw other numbers for train.lora.dropout": draws
         and any(name in LAYERS for name in search.space),
+        "train.preference: a training switches between its adapter and the reference": train.preference
+        is not None,
         "train.engine: DeepSpeed takes the steps": not train.flat,
         "train.compile would compile each number of trials anew": train.compile,
         "model.assistant is added to one adapter": bool(model.assistant),

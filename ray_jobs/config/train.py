@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from ray_jobs.config.effects import Added, Effect
 from ray_jobs.config.fields import (
@@ -155,6 +155,45 @@ class LossConfig(Section):
     zero_terminal_snr: bool = Field(False, description="rescale the noise schedule to end in pure noise")
 
 
+def _as_list(given: object) -> object:
+    return [given] if isinstance(given, str) else given
+
+
+class VotesConfig(Section):
+    """Training on what people prefer, in place of denoising the data set's images."""
+
+    affects: ClassVar = Effect.WEIGHTS
+
+    votes: Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1), Effect.NOTHING] = Field(
+        description="folders of votes, local, s3:// or gs://: exports of `diffray feedback preferences "
+        "--draw`, with pairs in preferences.jsonl; or with kto also such with liked/ and disliked/, each a "
+        "folder of captioned images as `diffray feedback ratings --draw` writes them",
+    )
+    loss: Literal["dpo", "kto"] = Field(
+        "dpo",
+        description="dpo: of each pair the preferred image (Diffusion-DPO, arXiv 2311.12908). kto: liked "
+        "images and no others, which need not be pairs (Diffusion-KTO, arXiv 2404.04465)",
+    )
+    beta: float = Field(
+        2000.0,
+        gt=0,
+        description="weight of the mean squared error's difference from the reference, by half: the larger, "
+        "the less the model leaves the reference; 2,000 to 5,000 in the literature",
+    )
+    liked_share: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="with kto: share of liked images in the rows of an epoch; empty: as there are",
+    )
+
+    @model_validator(mode="after")
+    def _is_used(self) -> "VotesConfig":
+        if self.loss == "dpo":
+            require_unset(self, "with loss: dpo, whose pairs have one of each", "liked_share")
+        return self
+
+
 Schedule = Literal[
     "constant",
     "constant_with_warmup",
@@ -227,6 +266,11 @@ class TrainConfig(Section):
     )
     lora: LoraConfig = LoraConfig()
     loss: LossConfig = LossConfig()
+    preference: Annotated[VotesConfig | None, Effect.WEIGHTS, Added()] = Field(
+        None,
+        description="train on votes, with method lora; the reference is the base with model.adapter, "
+        "from which the training begins. A step's images are then batch_size pairs, or with kto images",
+    )
     dropout: Annotated[Share, Effect.WEIGHTS, Added(0.0)] = Field(
         0.0,
         description="with method full: probability of the denoiser's own dropout layers, as in residual, "
@@ -377,6 +421,11 @@ class TrainConfig(Section):
     )
 
     @property
+    def may_halve(self) -> bool:
+        """Whether a worker's rows of a step may be divided into several passes where memory is too small."""
+        return self.on_oom == "halve" and not (self.preference and self.preference.loss == "kto")
+
+    @property
     def class_rows(self) -> int:
         """Rows of a step that are class pictures."""
         return self.batch_size // 2 if self.prior_loss_weight else 0
@@ -450,6 +499,36 @@ class TrainConfig(Section):
     def _drops_out(self) -> "TrainConfig":
         if self.dropout and self.method == "lora":
             raise ValueError(f"dropout: {self.dropout:g} needs method: full; adapters have lora.dropout")
+        return self
+
+    @model_validator(mode="after")
+    def _prefers(self) -> "TrainConfig":
+        if self.preference is None:
+            return self
+        chosen = f"preference: loss: {self.preference.loss}"
+        if not self.makes_adapter:
+            raise ValueError(
+                f"{chosen} trains adapters, beside the base as the reference; set method: lora and another "
+                "lora.kind than oft"
+            )
+        if self.prior_loss_weight:
+            raise ValueError(f"{chosen} has no class images; set prior_loss_weight: 0")
+        if self.loss.huber_delta is not None or self.loss.min_snr_gamma is not None:
+            raise ValueError(
+                f"{chosen} compares squared errors; leave loss.huber_delta and loss.min_snr_gamma out"
+            )
+        if self.zero_stage == 3:
+            raise ValueError(
+                f"{chosen} takes two ways through the base, which zero_stage: 3 divides as it takes one; set "
+                "it to 2 or less"
+            )
+        if self.preference.loss == "kto" and self.micro_batch_size is not None:
+            raise ValueError(
+                f"{chosen} measures a reference point over all images of a step, in one pass of each worker; "
+                "leave micro_batch_size out"
+            )
+        if self.preference.loss == "kto" and self.on_oom == "halve" and "on_oom" in self.model_fields_set:
+            raise ValueError(f"{chosen} takes the images of a step in one pass; set on_oom: stop")
         return self
 
     @model_validator(mode="after")

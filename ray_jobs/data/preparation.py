@@ -5,6 +5,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,7 +37,7 @@ from ray_jobs.data.encoding.long_captions import long_captions
 from ray_jobs.data.encoding.plan import PlannedPart, plan_parts
 from ray_jobs.data.encoding.shapes import picture_shapes, reference_sizes
 from ray_jobs.data.encoding.subject_words import FEWEST, check_subjects
-from ray_jobs.data.feeding.dataset import PARTS, Dataset
+from ray_jobs.data.feeding.dataset import PARTS, Dataset, Votes
 from ray_jobs.data.feeding.streaming import Live
 from ray_jobs.data.manifest import balance_line, describe, require_enough
 from ray_jobs.data.references import check_references
@@ -44,6 +45,7 @@ from ray_jobs.data.sources.captions import caption_rules
 from ray_jobs.data.sources.detection import Source, open_source
 from ray_jobs.data.sources.dreambooth import Subject
 from ray_jobs.data.sources.samples import suffix_text
+from ray_jobs.data.votes import require_votes, votes_config
 from ray_jobs.report.dataset_page import write_dataset_page
 from ray_jobs.run.folder import RunFolder, SharedFolder
 from ray_jobs.run.manifest import MANIFEST, Manifest
@@ -70,34 +72,63 @@ def open_sources(config: Config) -> list[Source]:
 
 
 def prepare(config: Config, check: Callable[[], object] | None = None) -> Dataset:
-    """Run the stage, or reuse its result. Ray must be initialised.
+    """Run the stage, or reuse its result, also for votes. Ray must be initialised.
+
+    Args:
+        check: as for `prepare_set`.
+
+    Raises:
+        ConfigError: as for `prepare_set`, or there are too few votes.
+    """
+    folder, preference = RunFolder.of(config), config.train.preference
+    if preference is None:
+        return prepare_set(config, folder.dataset, check)
+    of_votes = votes_config(config, preference)  # a wrong folder is told before pictures are encoded
+    dataset = prepare_set(config, folder.dataset, check)
+    say("prepare", "votes:")
+    votes = prepare_set(of_votes, folder.votes, are_votes=True)
+    require_votes(of_votes, votes.manifest)
+    return replace(dataset, votes=Votes(of_votes, votes))
+
+
+def prepare_set(
+    config: Config,
+    folder: Storage,
+    check: Callable[[], object] | None = None,
+    *,
+    are_votes: bool = False,
+) -> Dataset:
+    """Prepare the data set of a configuration in a folder, or reuse what is there.
 
     Args:
         check: function called before anything is generated, captioned or encoded, and so before a GPU is
             requested; it raises to stop the job.
+        are_votes: the configuration is that of `votes_config`.
 
     Raises:
         ConfigError: a source has wrong captions, a subject has too few photos, too many pictures are
             rejected, or a split is empty.
     """
-    sources = open_sources(config)
+    sources, is_trained = open_sources(config), are_votes == (config.train.preference is not None)
     picture_shapes(config)  # reject a wrong resolution before generating pictures at it
-    check_references(config)
+    if not are_votes:
+        check_references(config)
     check_subjects(config, sources)
     check_captioning(config)
     captioner = captioning_digest(config)
-    captions = captioner + edits_digest(edited_captions(config, RunFolder.of(config).dataset))
+    captions = captioner + edits_digest(edited_captions(config, folder))
     if check and class_image_counts(config, sources):
         check()
     sources += generate_class_pictures(config, sources, _progress("class pictures drawn:"))
-    dataset, encoders = _open(config)
+    dataset, encoders = _open(config, folder)
     inputs = [_inputs(config, sources, encoders, captions, as_before) for as_before in (False, True)]
     counted = config.train.epochs is not None
     if config.data.encode == "cache" and (stored := _stored(dataset, *inputs, counted=counted)):
         if stored.manifest.judged:
             require_enough(config, stored.manifest, dataset.storage)
         say("prepare", "unchanged, skipped")
-        _check_length(config, stored.manifest)
+        if is_trained:
+            _check_length(config, stored.manifest)
         if check:
             check()
         return stored
@@ -122,7 +153,8 @@ def prepare(config: Config, check: Callable[[], object] | None = None) -> Datase
         write_findings(found, dataset.storage.child(INDEX), decisions, dataset.storage)
     manifest, parts = _plan(config, sources, found, decisions, dataset.storage)
     require_enough(config, manifest, dataset.storage)
-    _check_length(config, manifest)
+    if is_trained:
+        _check_length(config, manifest)
     if check:
         check()
     streamed = [part for part in parts if part.split == "train"] if config.data.encode == "stream" else []
@@ -143,14 +175,14 @@ def prepare(config: Config, check: Callable[[], object] | None = None) -> Datase
     return Dataset(dataset.storage, dataset.cache, manifest, live)
 
 
-def _open(config: Config) -> tuple[Dataset, str]:
+def _open(config: Config, folder: Storage) -> tuple[Dataset, str]:
     """Open the dataset's folders; return the dataset and the digest of the encoders."""
     model = config.model
     encoders = encoders_digest(
         local_path(model.base), revision=model.revision, text_quantization=model.quantize_text
     )
     cache = SharedFolder.of(config).encoded(encoders)
-    return Dataset(RunFolder.of(config).dataset, cache, Manifest()), encoders
+    return Dataset(folder, cache, Manifest()), encoders
 
 
 def _inputs(

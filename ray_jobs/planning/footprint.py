@@ -97,6 +97,8 @@ def footprint(config: Config) -> Footprint:
 
 def _activations(config: Config, model: FineTuning, rows: int = 1) -> int:
     saved = SavedTensors(model)
+    if config.train.preference and config.train.preference.loss == "dpo":
+        rows *= 2  # a row is a pair
     if config.train.gradient_checkpointing:
         for part in model.model.values():
             every = EveryNth(config.train.checkpoint_every, saved.recomputed)

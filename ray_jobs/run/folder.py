@@ -38,6 +38,11 @@ class RunFolder:
         return self.root.child(DATASET)
 
     @property
+    def votes(self) -> Storage:
+        """As `dataset`, of the votes of `train.preference`."""
+        return self.root.child("votes")
+
+    @property
     def trainings(self) -> Storage:
         """One folder per training; the storage path of Ray Train."""
         return self.root.child(TRAININGS)

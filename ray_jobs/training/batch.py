@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from ray_jobs.config import TrainConfig
 from ray_jobs.data.feeding.order import rows_of_rank
+from ray_jobs.data.feeding.streaming import SOURCE
 from ray_jobs.diffusion.families import Captions
 from ray_jobs.diffusion.families.family import MASK_PIXELS, MASKED, reference
 from ray_jobs.diffusion.families.text import LENGTHS, MASK, NULL
@@ -17,6 +18,7 @@ from ray_jobs.diffusion.pack import Trainable
 from ray_jobs.diffusion.protocols import Autoencoder
 from ray_jobs.diffusion.randomness import draw
 
+PreferenceLoss = Literal["dpo", "kto"]
 COLUMNS = {"sizes": "conditioning"}  # columns of the conditions that belong to the picture
 PAINTED = ("masked_mean", "masked_logvar", MASK_PIXELS)  # columns of families that paint masks
 
@@ -92,6 +94,9 @@ class InputMaker:
         caption_dropout: share of captions that the empty one replaces.
         num_references: number of each row's reference pictures.
         has_masks: whether each row has a mask.
+        preference: loss of `train.preference`, if votes are what is trained on: with `dpo` a row's first
+            reference picture is the one that was not preferred; with `kto` liked pictures are of sources with
+            an even number.
     """
 
     def __init__(
@@ -105,7 +110,9 @@ class InputMaker:
         caption_dropout: float,
         num_references: int = 0,
         has_masks: bool = False,
+        preference: PreferenceLoss | None = None,
     ) -> None:
+        self.preference = preference
         self.masks = ("mask",) if has_masks else ()
         self.references = tuple(map(reference, range(num_references)))
         self.device, self.settings = device, model.settings
@@ -134,6 +141,7 @@ class InputMaker:
         """The columns of the prepared rows that a step reads."""
         of_picture = (COLUMNS[name] for name in self.picture_conditions)
         further = (*of_picture, *self.references, *self.nulls, *self.masks, *self.painted)
+        further += (SOURCE,) if self.preference == "kto" else ()
         return ("latents_mean", "latents_logvar", *self.null, *further)
 
     def make(self, piece: Piece, step: int) -> tuple[dict[str, Any], torch.Tensor]:
@@ -200,11 +208,26 @@ class InputMaker:
                 **{name.removeprefix(prefix): t for name, t in there.items() if name.startswith(prefix)}
             ),
         }
+        if self.preference:
+            inputs |= self._votes(mean, conditions, there)
         if self.caption_dropout:
             inputs["dropped"] = dropped
         if self.masks:
             inputs["mask"] = there["mask"].float()
         return inputs, there["weights"]
+
+    def _votes(
+        self, mean: torch.Tensor, conditions: dict[str, Any], there: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Return the inputs that are of votes.
+
+        Of the picture that was not preferred the mean of the posterior is stored. So it is the mean of both:
+        a draw would tell them apart.
+        """
+        if self.preference == "dpo":
+            [other] = self.references
+            return {"latents": self.codec.normalised(mean, self.scale), "rejected": conditions.pop(other)}
+        return {"liked": there[SOURCE] % 2 == 0, "counted": there["weights"] > 0}
 
     def _dropped(self, there: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
         """Return a column of captions, with the dropped ones replaced by the empty one."""

@@ -110,10 +110,16 @@ class LoopSettings:
         if self.board is not None:
             self.board.post.remote(f"{self.trial_id}/{line}", line)
 
+    @property
+    def rows(self) -> tuple[Config, Dataset]:
+        """The data set whose rows are trained on, with the configuration that it was prepared with."""
+        votes = self.dataset.votes if self.config.train.preference else None
+        return (votes.config, votes.dataset) if votes else (self.config, self.dataset)
+
     def stream(self, world_size: int, columns: tuple[str, ...]) -> StreamSettings:
         """Return the settings of the stream that feeds the steps."""
         train = self.config.train
-        return StreamSettings(self.config, train.batch_size, world_size, columns, train.class_rows)
+        return StreamSettings(self.rows[0], train.batch_size, world_size, columns, train.class_rows)
 
 
 def set_up_worker(train: TrainConfig, tell: Callable[[str], None]) -> tuple[torch.device, StartUp]:
@@ -176,6 +182,7 @@ def input_maker(
     settings: LoopSettings, pipeline: Pipeline, model: Trainable, device: torch.device
 ) -> InputMaker:
     """Return the maker of a training's inputs."""
+    preference = settings.config.train.preference
     return InputMaker(
         pipeline.vae,
         model,
@@ -183,8 +190,9 @@ def input_maker(
         device,
         seed=settings.config.seed,
         caption_dropout=settings.config.train.caption_dropout,
-        num_references=settings.config.data.num_references,
-        has_masks=settings.config.data.has_masks,
+        num_references=settings.rows[0].data.num_references,
+        has_masks=settings.rows[0].data.has_masks,
+        preference=preference.loss if preference else None,
     )
 
 
@@ -259,7 +267,7 @@ class TrainingRun(Steps):
         stream = settings.stream(self.world_size, self.inputs.columns)
         ends = None
         if self.rank == 0:
-            split = split_stream(settings.dataset, stream, first_step=steps[0], last_step=steps[-1])
+            split = split_stream(settings.rows[1], stream, first_step=steps[0], last_step=steps[-1])
             ends = [ray.put(split)]  # by reference: a broadcast value must be small
         [reference] = broadcast_from_rank_zero(ends)
         taken = batches(ray.get(reference)[self.rank], rank=self.rank, first_step=steps[0])
@@ -295,7 +303,7 @@ class Training(TrainingRun):
         startup.done("model")
         engine = build_engine(model, config.train, context.get_world_size(), device)
         super().__init__(settings, inputs, engine, export, resumed, startup)
-        if isinstance(self.engine, Flat) and device.type == "cuda" and self.train.on_oom == "halve":
+        if isinstance(self.engine, Flat) and device.type == "cuda" and self.train.may_halve:
             self._rehearse(self.engine)
         startup.done("engine")
 
@@ -307,7 +315,7 @@ class Training(TrainingRun):
     def _rehearse(self, engine: Flat) -> None:
         """Lower `micro_batch_size` to what the memory of every rank holds; all ranks must call this."""
         config = self.settings.config
-        shape, references = square_latents(config), square_references(config)
+        shape, references = square_latents(config), square_references(self.settings.rows[0])
 
         def rehearse(rows: int) -> None:
             engine.rehearse(*self.inputs.make(blank(self.inputs, shape, rows, references), 0))

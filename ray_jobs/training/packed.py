@@ -165,7 +165,7 @@ class PackedTraining:
                     plan, makers, self.engines, exports, resumed, strict=True
                 )
             ]
-        if device.type == "cuda" and configs[0].train.on_oom == "halve":
+        if device.type == "cuda" and configs[0].train.may_halve:
             self._rehearse(device)
         startup.done("engine")
 

@@ -10,6 +10,7 @@ from cluster.gpus import leaving_free
 from cluster.storage import Storage
 from ray_jobs.config import TrainConfig
 from ray_jobs.console.troubleshooting import Help, help_link
+from ray_jobs.data.feeding.streaming import SOURCE
 from ray_jobs.diffusion.families.text import MASK, NULL
 from ray_jobs.training.batch import COLUMNS, InputMaker, Piece
 from ray_jobs.training.engine import rows_a_worker
@@ -100,6 +101,8 @@ def blank(
         rows[COLUMNS["sizes"]] = torch.zeros((count, 6), dtype=torch.int32)
     for name, latents in zip(maker.references, references, strict=True):
         rows[name] = torch.zeros((count, *maker.codec.unpacked_shape(latents)))
+    if SOURCE in maker.columns:
+        rows[SOURCE] = torch.zeros(count, dtype=torch.int32)
     if maker.masks:
         rows["mask"] = torch.ones((count, 1, *shape[1:]))
     return Piece(rows, list(range(count)), [1.0] * count)
@@ -141,7 +144,7 @@ def halved_when_it_does_not_fit(
         yield
     except torch.OutOfMemoryError as error:
         rows = rows_at_once(config, world_size)
-        if config.on_oom == "halve" and rows > 1:
+        if config.may_halve and rows > 1:
             trial.write_text(HELD, json.dumps({"rows": -(-rows // 2)}))
             tell(smaller(name, -(-rows // 2), rows))
         raise torch.OutOfMemoryError(

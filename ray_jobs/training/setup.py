@@ -18,6 +18,8 @@ from ray_jobs.diffusion.host_weights import HostWeights
 from ray_jobs.diffusion.objectives import LossSettings, Objective
 from ray_jobs.diffusion.pack import Pack, Trainable
 from ray_jobs.diffusion.precision import PRECISIONS
+from ray_jobs.diffusion.preference_tuning import REFERENCE, PreferenceTuning
+from ray_jobs.diffusion.preferences import PreferenceSettings
 from ray_jobs.diffusion.protocols import Pipeline
 from ray_jobs.diffusion.quantization import quantize
 from ray_jobs.diffusion.recomputation import EveryNth, stacked_blocks
@@ -93,7 +95,7 @@ def _finish(model: FineTuning, parts: Mapping[str, Any], config: Config) -> None
 # Settings whose values decide whether a model can be trained at all.
 CHECKED = (
     *("train.method", "train.lora", "train.loss", "train.groups", "train.trainable", "train.stages"),
-    "train.dropout",
+    *("train.dropout", "train.preference"),
 )
 
 
@@ -158,6 +160,8 @@ def _choose_trained(
     objective, settings = _objective(config, pipeline, family)
     parts = {name: getattr(pipeline, name) for name in trained_names(family, train)}
     if train.method == "lora":
+        if train.preference and config.model.adapter:  # first: it freezes what is there
+            add_starting_adapter(parts, family, config, REFERENCE, dropout=0.0)
         _add_adapters(config, parts, family, ADAPTER)
     else:
         for name, part in parts.items():
@@ -172,7 +176,8 @@ def _choose_trained(
                 set_dropout(part, train.dropout)
     if config.model.assistant:  # last: it draws from the generator
         add_assistant({name: parts[name] for name in family.denoisers}, family, config.model)
-    model = FineTuning(
+    build = PreferenceTuning if train.preference else FineTuning
+    model = build(
         pipeline,
         family,
         objective.to(device),
@@ -180,6 +185,8 @@ def _choose_trained(
         text_encoders_trained=train.train_text_encoder,
         channels_last=train.channels_last,
     )
+    if isinstance(model, PreferenceTuning) and train.preference:
+        model.preference = PreferenceSettings(train.preference.loss, train.preference.beta)
     _remember_trained(model, config)
     return model, parts
 
@@ -313,10 +320,18 @@ def build_engine(
     """Return an engine over the model's trained parameters; it uses Ray Train's process group."""
     build: Callable[..., Engine] = Flat if config.flat else ZeRO
     engine = build(model, config, world_size, device)
+    if isinstance(model, PreferenceTuning) and world_size > 1:
+        model.summed = summed_over_workers
     _lay_out(model, config)
     if model.host_weights is not None:
         model.host_weights.hold((parameter for _, parameter in model.all_trained), device)
     return engine
+
+
+def summed_over_workers(values: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a tensor over all workers, on each of them."""
+    torch.distributed.all_reduce(values)
+    return values
 
 
 def _lay_out(model: FineTuning, config: TrainConfig) -> None:

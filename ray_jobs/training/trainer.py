@@ -26,6 +26,7 @@ def depends_on(config: Config, dataset: Dataset) -> dict[str, Any]:
     schedules = {config.train.schedule, *(stage.schedule for stage in config.train.stages if stage.schedule)}
     return {
         "dataset": dataset.manifest.content,
+        **({"votes": dataset.votes.dataset.manifest.content} if dataset.votes else {}),
         **settings,
         "last_step": None if schedules <= ENDLESS else config.search.ladder[-1],
         **{f"train.{name}": value for name, value in train.items()},

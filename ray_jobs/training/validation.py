@@ -4,20 +4,23 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from ray_jobs.config import Config
-from ray_jobs.data.encoding.cache_files import read_part, read_schema
-from ray_jobs.data.encoding.tensors import as_torch, read_tensors
+from ray_jobs.data.encoding.cache_files import read_schema
+from ray_jobs.data.encoding.plan import PartRecord
+from ray_jobs.data.encoding.tensors import as_torch
 from ray_jobs.data.feeding.dataset import Dataset
+from ray_jobs.data.feeding.streaming import SOURCE, read_rows
 from ray_jobs.diffusion.families import family_of
 from ray_jobs.diffusion.finetuning import FineTuning
 from ray_jobs.diffusion.objectives import LossSettings
 from ray_jobs.diffusion.protocols import Pipeline
-from ray_jobs.training.batch import InputMaker, Piece
+from ray_jobs.training.batch import InputMaker, Piece, PreferenceLoss
 
 # Uniform positions, even for objectives that train on some positions more often.
 PLAIN = LossSettings(timestep_sampling="uniform")
@@ -40,6 +43,9 @@ class ValidationLoss:
         ValueError: there are no validation rows.
     """
 
+    split = "validation"
+    preference: PreferenceLoss | None = None
+
     def __init__(
         self, config: Config, dataset: Dataset, device: torch.device, rows: int = 64, timesteps: int = 4
     ) -> None:
@@ -47,7 +53,7 @@ class ValidationLoss:
         self.data = config.data
         self.device, self.empty_caption = device, dataset.empty_caption()
         self.positions = [(number + 0.5) / timesteps for number in range(timesteps)]
-        self.pieces = first_rows(dataset, rows, config.evaluate.batch_size)
+        self.pieces = first_rows(dataset, rows, config.evaluate.batch_size, self.split)
 
     def __call__(self, pipeline: Pipeline) -> float:
         """Return the mean of `of_rows`."""
@@ -64,6 +70,19 @@ class ValidationLoss:
         Returns:
             float64, N, on the CPU, in the order of the rows' digests.
         """
+        model, inputs = self._built(pipeline)
+        losses = torch.zeros(self.num_rows, dtype=torch.float64)
+        with evaluating(model), torch.inference_mode():
+            for piece, made in self._posed(inputs):
+                losses[piece.places] += model(**made).double().cpu()
+        return losses / len(self.positions)
+
+    @property
+    def num_rows(self) -> int:
+        return sum(len(piece.places) for piece in self.pieces)
+
+    def _built(self, pipeline: Pipeline) -> tuple[FineTuning, InputMaker]:
+        """Return a pipeline as a module with the plain loss, and the maker of its inputs."""
         train, family = self.train, family_of(pipeline)
         objective = family.schedule.objective(
             pipeline.scheduler.config, zero_terminal_snr=train.loss.zero_terminal_snr
@@ -84,16 +103,61 @@ class ValidationLoss:
             caption_dropout=0.0,
             num_references=self.data.num_references,
             has_masks=self.data.has_masks,
+            preference=self.preference,
         )
-        losses = torch.zeros(sum(len(piece.places) for piece in self.pieces), dtype=torch.float64)
+        return model, inputs
+
+    def _posed(self, inputs: InputMaker) -> Iterator[tuple[Piece, dict[str, Any]]]:
+        """Yield every piece at every position with its inputs, whose noise differs between positions."""
+        for piece in self.pieces:
+            for step, position in enumerate(self.positions, start=1):
+                made, _ = inputs.make(piece, step)
+                draws = made["draws"]
+                made["draws"] = replace(draws, position=torch.full_like(draws.position, position))
+                yield piece, made
+
+
+class HeldOutVotes(ValidationLoss):
+    """Denoising losses of held-out votes: what a model's implicit rewards are the differences of.
+
+    Args:
+        config: of `votes_config`.
+        dataset: its votes.
+        preference: `train.preference.loss`.
+        split: the split of the votes.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        dataset: Dataset,
+        device: torch.device,
+        preference: PreferenceLoss,
+        split: str,
+        timesteps: int = 8,
+    ) -> None:
+        self.preference, self.split = preference, split
+        super().__init__(config, dataset, device, rows=dataset.num_rows(split), timesteps=timesteps)
+
+    def of_votes(self, pipeline: Pipeline) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the losses of preferred or liked images, and of the others, as `of_rows`: float64 each.
+
+        Those of pairs are in one order.
+        """
+        model, inputs = self._built(pipeline)
+        one = torch.zeros(self.num_rows, dtype=torch.float64)
+        other, liked = torch.zeros_like(one), torch.ones(self.num_rows, dtype=torch.bool)
         with evaluating(model), torch.inference_mode():
-            for piece in self.pieces:
-                for step, position in enumerate(self.positions, start=1):
-                    made, _ = inputs.make(piece, step)
-                    draws = made.pop("draws")
-                    draws = replace(draws, position=torch.full_like(draws.position, position))
-                    losses[piece.places] += model(**made, draws=draws).double().cpu()
-        return losses / len(self.positions)
+            for piece, made in self._posed(inputs):
+                rejected = made.pop("rejected", None)
+                if rejected is None:
+                    liked[piece.places] = made.pop("liked").cpu()
+                    del made["counted"]
+                one[piece.places] += model(**made).double().cpu()
+                if rejected is not None:
+                    other[piece.places] += model(**made | {"latents": rejected}).double().cpu()
+        one, other = one / len(self.positions), other / len(self.positions)
+        return (one, other) if self.preference == "dpo" else (one[liked], one[~liked])
 
 
 @contextmanager
@@ -108,21 +172,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def first_rows(dataset: Dataset, count: int, batch_size: int) -> list[Piece]:
-    """Return the first `count` validation rows in the order of their digests, batched by latent shape.
+def first_rows(dataset: Dataset, count: int, batch_size: int, split: str = "validation") -> list[Piece]:
+    """Return the first `count` rows of a split in the order of their digests, batched by latent shape.
 
     A row's place is its index in this order, its weight 1 / number of rows.
 
     Raises:
-        ValueError: there are no validation rows.
+        ValueError: there are no such rows.
     """
-    parts = dataset.parts("validation")
+    parts = dataset.parts(split)
     if not parts:
         raise ValueError(
-            "data.validation: the validation split has no pictures for the denoising loss; raise the share "
+            f"data.{split}: the {split} split has no pictures for the denoising loss; raise the share "
             "or add pictures"
         )
-    keys = dataset.table("validation", ["digest", "text"]).to_pylist()
+    keys = dataset.table(split, ["digest", "text"]).to_pylist()
     origins = [(number, row) for number, part in enumerate(parts) for row in range(part["rows"])]
     order = sorted(range(len(keys)), key=lambda n: (keys[n]["digest"], keys[n]["text"]))[:count]
     wanted: dict[int, dict[int, int]] = defaultdict(dict)  # part -> row in it -> place
@@ -131,7 +195,7 @@ def first_rows(dataset: Dataset, count: int, batch_size: int) -> list[Piece]:
         wanted[part][row] = place
     groups: dict[tuple[int, ...], list[tuple[list[int], dict[str, np.ndarray]]]] = defaultdict(list)
     for number, places in wanted.items():
-        tensors = read_rows(dataset, parts[number]["file"], list(places))
+        tensors = _read(dataset, parts[number], list(places))
         groups[tensors["latents_mean"].shape[1:]].append((list(places.values()), tensors))
     pieces = []
     for group in groups.values():
@@ -144,9 +208,8 @@ def first_rows(dataset: Dataset, count: int, batch_size: int) -> list[Piece]:
     return pieces
 
 
-def read_rows(dataset: Dataset, file: str, rows: list[int]) -> dict[str, np.ndarray]:
-    """Return all tensors of the given rows of a part, by column."""
-    schema = read_schema(dataset.cache, file)
+def _read(dataset: Dataset, part: PartRecord, rows: list[int]) -> dict[str, np.ndarray]:
+    """Return all tensors of the given rows of a part, and the number of their source, by column."""
+    schema = read_schema(dataset.cache, part["file"])
     names = [field.name for field in schema if b"shape" in (field.metadata or {})]
-    table = read_part(dataset.cache, file, names)
-    return {name: values[rows] for name, values in read_tensors(table, names).items()}
+    return {name: values[rows] for name, values in read_rows(dataset.cache, part, [*names, SOURCE]).items()}

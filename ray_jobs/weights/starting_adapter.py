@@ -98,13 +98,18 @@ def with_form_of_adapter(config: Config) -> Config:
 
 
 def add_starting_adapter(
-    parts: Mapping[str, Component], family: Family, config: Config, adapter: str = ADAPTER
+    parts: Mapping[str, Component],
+    family: Family,
+    config: Config,
+    adapter: str = ADAPTER,
+    dropout: float | None = None,
 ) -> None:
     """Freeze the trained components and add the adapter of `model.adapter` to train it further.
 
     Args:
         parts: trained components by name.
         adapter: the adapter's name in peft.
+        dropout: None: `train.lora.dropout`.
 
     Raises:
         ValueError: the file is no LoRA of all these components alone, or `train.lora` contradicts it.
@@ -125,7 +130,8 @@ def add_starting_adapter(
             _require_layers(layers, config.train.lora.target_modules, unused, file)
         part.requires_grad_(False)
         try:
-            inject_given(part, own, own_part(settings, name), adapter, dropout=config.train.lora.dropout)
+            rate = config.train.lora.dropout if dropout is None else dropout
+            inject_given(part, own, own_part(settings, name), adapter, dropout=rate)
         except ValueError as error:
             raise ValueError(f"{FIELD}: {file}: {name}: {error}") from None
 

@@ -15,6 +15,7 @@ from cluster.fetched import local_path
 from ray_jobs.config import ConfigError, load_config
 from ray_jobs.data.preparation import _open
 from ray_jobs.import_weights import imported_adapter
+from ray_jobs.run.folder import RunFolder
 from ray_jobs.training.setup import build_model, check_settings
 from ray_jobs.weights.feature_networks import check_networks, load_networks
 from ray_jobs.weights.loading import LORA_WEIGHTS, load_pipeline
@@ -57,7 +58,7 @@ def test_a_base_in_a_bucket_trains_and_draws_as_the_local_one(
     config = load_config(DEMO, [f"model.base={address}", "train.method=full", f"storage={tmp_path}"])
     check_settings(config)
     pipeline, _ = build_model(config)
-    _, digest = _open(config)
+    _, digest = _open(config, RunFolder.of(config).dataset)
     assert digest == encoders_digest(str(tiny_model))
     local = load_pipeline(str(tiny_model))
     expected = local.unet.state_dict()

@@ -160,7 +160,8 @@ def decide(config: Config, entries: Sequence[Entry], index: Storage, dataset: St
     usable = np.flatnonzero((reasons == "") & (columns["role"] == "instance"))
     pictures = _Pictures.of(columns["digest"], usable)
     strata = columns["stratum"][pictures.first]
-    resolution, groups = _resolve(config, index, files, counts, pictures, strata, dataset)
+    captions = columns["text_hash"][pictures.first]
+    resolution, groups = _resolve(config, index, files, counts, pictures, strata, captions, dataset)
     matched = _mark_duplicates(data.cleaning, pictures, columns["text_hash"], resolution, reasons)
 
     wanted = data.validation > 0 or data.test > 0
@@ -175,11 +176,8 @@ def decide(config: Config, entries: Sequence[Entry], index: Storage, dataset: St
         if held_out:
             of_picture = [fold_of(name, data.split_seed, data.folds) for name in names]
         else:
-            captions = columns["text_hash"][pictures.first].tolist()
             kept = np.flatnonzero(resolution.kept)
-            dealt = even_folds(
-                [names[i] for i in kept], [captions[i] for i in kept], data.split_seed, data.folds
-            )
+            dealt = even_folds([names[i] for i in kept], captions[kept].tolist(), data.split_seed, data.folds)
             of_picture = [0] * len(names)
             for i, fold in zip(kept, dealt, strict=True):
                 of_picture[i] = fold
@@ -286,11 +284,17 @@ def _short(text: str) -> int:
 
 
 def _own_splits(
-    config: Config, names: list[str], strata: np.ndarray, known: dict[str, SplitName]
+    config: Config,
+    names: list[str],
+    strata: np.ndarray,
+    captions: np.ndarray,
+    known: dict[str, SplitName],
 ) -> np.ndarray:
     """Split of every picture without regard to near duplicates."""
     data = config.data
     shares = Shares(data.split_seed, data.validation, data.test)
+    if data.split_by == "caption":
+        return np.array([split_of(f"caption {hashed:016x}", shares) for hashed in captions.tolist()], object)
     if data.stratify:
         return np.array(stratified_splits(names, [str(s) for s in strata], shares, known), object)
     return np.array([known.get(name) or split_of(name, shares) for name in names], object)
@@ -303,16 +307,20 @@ def _resolve(
     counts: np.ndarray,
     pictures: _Pictures,
     strata: np.ndarray,
+    captions: np.ndarray,
     dataset: Storage,
 ) -> tuple[Resolution, np.ndarray]:
     """Resolve near duplicates; return the splits, and the first picture of each picture's group.
 
     Pictures assigned by an earlier run take precedence over new ones.
+
+    Args:
+        captions: uint64, hash of the caption of each picture.
     """
     cleaning, num = config.data.cleaning, len(pictures.digests)
     known = _known_splits(config, dataset)
     names = [digest.decode() for digest in pictures.digests]
-    own = _own_splits(config, names, strata, known)
+    own = _own_splits(config, names, strata, captions, known)
     if cleaning.duplicates == "ignore" or num < 2:
         return Resolution(np.ones(num, bool), own, np.full(num, -1)), np.arange(num)
     turn = np.argsort([name not in known for name in names], kind="stable")
@@ -353,7 +361,8 @@ def connected(num: int, edges: np.ndarray) -> np.ndarray:
 
 def _split_settings(config: Config) -> str:
     data = config.data
-    return json.dumps([data.split_seed, data.validation, data.test, data.stratify])
+    by = [] if data.split_by == "image" else [data.split_by]
+    return json.dumps([data.split_seed, data.validation, data.test, data.stratify, *by])
 
 
 def _known_splits(config: Config, dataset: Storage) -> dict[str, SplitName]:

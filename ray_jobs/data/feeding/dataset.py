@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from cluster.storage import Storage
+from ray_jobs.config import Config
 from ray_jobs.data.curation.scan import FILES_AT_ONCE
 from ray_jobs.data.encoding.cache_files import aside, read_part
 from ray_jobs.data.encoding.encoding import EMPTY_CAPTION, reference_image
@@ -25,6 +26,14 @@ NO_FOLD = -1
 
 
 @dataclass(frozen=True)
+class Votes:
+    """Prepared votes, with the configuration that they were prepared with."""
+
+    config: Config
+    dataset: "Dataset"
+
+
+@dataclass(frozen=True)
 class Dataset:
     """A prepared dataset.
 
@@ -33,6 +42,7 @@ class Dataset:
         cache: folder of its parts' files.
         live: with `data.encode: stream`, a reference to the `streaming.Live` that encodes training rows.
         without_fold: cross-validation fold that replaces validation, else None.
+        votes: with `train.preference`, what is trained on; the images here are what is measured against.
     """
 
     storage: Storage
@@ -40,6 +50,13 @@ class Dataset:
     manifest: Manifest
     live: "ObjectRef | None" = None
     without_fold: int | None = None
+    votes: Votes | None = None
+
+    @property
+    def rows_an_epoch(self) -> int:
+        """Number of rows of an epoch of training."""
+        trained = self.votes.dataset if self.votes else self
+        return trained.manifest.rows_an_epoch
 
     @cached_property
     def all_parts(self) -> list[PartRecord]:

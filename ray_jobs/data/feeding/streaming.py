@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 # its size.
 BYTES_A_BLOCK = 4 << 20
 PREFETCHED_BLOCKS = 4
+SOURCE = "source"  # column that no file has: the number of each row's source, int32
 STEPS_A_TASK = 64  # a task costs milliseconds even if it reads little
 
 
@@ -205,14 +206,13 @@ def _cached(
 ) -> "ray.data.Dataset":
     records = dataset.parts("train")
     schema = read_schema(dataset.cache, records[0]["file"])
-    needed = sum(row_bytes(schema.field(name)) for name in settings.columns)
+    needed = sum(row_bytes(schema.field(name)) for name in settings.columns if name != SOURCE)
     order: Order | JoinedOrder = settings.order(records, needed)
-    files = [part["file"] for part in records]
     if settings.class_rows:
         of_class = dataset.parts("class")
         order = settings.joined_order(records, of_class, needed)
-        files += [part["file"] for part in of_class]
-    read = ReadWindow(dataset.cache, files, order, settings.columns, settings.world_size, needed)
+        records = [*records, *of_class]
+    read = ReadWindow(dataset.cache, records, order, settings.columns, settings.world_size, needed)
     return _windows(order, first_step, last_step).map_batches(read, batch_size=1)
 
 
@@ -221,7 +221,7 @@ class ReadWindow:
     """Read the parts of a run of windows; yield one table per rank and run of steps."""
 
     cache: Storage
-    files: list[str]
+    parts: list[PartRecord]
     order: Order | JoinedOrder
     columns: tuple[str, ...]
     world_size: int
@@ -244,12 +244,21 @@ class ReadWindow:
                 yield pack(rank, [step.step for step in run], taken)
 
     def _read(self, part: int) -> dict[str, np.ndarray]:
-        return read_tensors(read_part(self.cache, self.files[part], self.columns), list(self.columns))
+        return read_rows(self.cache, self.parts[part], self.columns)
 
     def _take(self, read: dict[int, dict[str, np.ndarray]], rows: np.ndarray) -> dict[str, np.ndarray]:
         return {
             name: np.stack([read[part][name][row] for part, row in rows.tolist()]) for name in self.columns
         }
+
+
+def read_rows(cache: Storage, part: PartRecord, columns: Sequence[str]) -> dict[str, np.ndarray]:
+    """Read tensors of all rows of a part, by column: N x ..."""
+    stored = [name for name in columns if name != SOURCE]
+    found = read_tensors(read_part(cache, part["file"], stored), stored)
+    if SOURCE in columns:
+        found[SOURCE] = np.full(part["rows"], part["source"], np.int32)
+    return found
 
 
 def _live(dataset: Dataset, settings: StreamSettings, first_step: int, last_step: int) -> "ray.data.Dataset":
@@ -317,6 +326,7 @@ class GatherWindow:
             "text": texts,
             "name": [sample.name for sample in found],
             "digest": digests,
+            "source": [self.live.parts[number].source for number in rows[:, 0].tolist()],
             "further": [list(sample.further) for sample in found],
             "further_digests": expected,
             "reference_size": self.live.parts[int(rows[0][0])].reference_size,
@@ -371,6 +381,7 @@ class EncodeBatch(EncodeRows):
             masks = np.frombuffer(row["masks"], np.uint8).reshape(pixels.shape[:3])
         tensors = self.encode(pixels, [str(text) for text in row["text"]], references, masks)
         arrays = {name: as_numpy(tensor) for name, tensor in tensors.items()}
+        arrays[SOURCE] = np.array(row["source"], np.int32)
         arrays["conditioning"] = np.array([list(sizes) for sizes in row["conditioning"]], np.int32)
         plain = {name: arrays[name] for name in self.columns}
         return pack(int(row["rank"]), [int(row["step"])], [plain])

@@ -21,6 +21,8 @@ from ray_jobs.data.sources.samples import legible
 from ray_jobs.data.sources.tables import CAPTION_COLUMNS, caption_column
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+PREFERENCES = ("preferences.jsonl", "preferences.parquet")  # read where an image column of theirs is named
+CHOSEN, REJECTED = "chosen_image", "rejected_image"
 FILE_COLUMN = "file_name"
 ROWS_AT_ONCE = 1024  # rows of a metadata.parquet per batch
 
@@ -32,9 +34,10 @@ def metadata_files(listing: Listing, image_column: str | None) -> list[str]:
         ConfigError: a folder has two metadata files.
     """
     names, folders = [], dict[str, str]()
-    found = [(*posixpath.split(name), name) for name in listing.ending(*METADATA_FILES)]
-    known = [each for each in found if each[1] in METADATA_FILES]
-    for folder, file, name in sorted(known, key=lambda each: (each[0], METADATA_FILES.index(each[1]))):
+    files = PREFERENCES if image_column in (CHOSEN, REJECTED) else METADATA_FILES
+    found = [(*posixpath.split(name), name) for name in listing.ending(*files)]
+    known = [each for each in found if each[1] in files]
+    for folder, file, name in sorted(known, key=lambda each: (each[0], files.index(each[1]))):
         if file.endswith(".parquet") and not _has_column(listing, name, image_column or FILE_COLUMN):
             continue
         if folder in folders:
