@@ -371,6 +371,8 @@ class Config(Section):
             raise ValueError(
                 "search.rank_by: preference needs evaluate.preference.model, which judges the pictures"
             )
+        if search.rank_by == "votes" and not self.train.preference:
+            raise ValueError("search.rank_by: votes needs train.preference, which names the votes")
         if search.folds and self.data.encode == "stream":
             raise ValueError("search.folds needs data.encode: cache")
         if "train.prior_loss_weight" in search.space and not self.train.prior_loss_weight:

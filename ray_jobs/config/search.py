@@ -21,7 +21,7 @@ from ray_jobs.config.space import Dimensions, Range, num_points, range_of
 
 LEARNING_RATE = "train.learning_rate"
 
-RankedBy = Literal["corrected_fid", "fid", "kid", "mind", "preference", "subject", "target"]
+RankedBy = Literal["corrected_fid", "fid", "kid", "mind", "preference", "subject", "target", "votes"]
 
 
 def _kind(values: object) -> str:
@@ -82,7 +82,9 @@ class SearchConfig(Section):
         "sliced Wasserstein distance, which has hardly any. preference: how much less evaluate.preference "
         "likes the pictures than the real ones of the same captions. subject: likeness to photos not trained "
         "on, learning by heart, and what is lost of class, variety and own prompts (docs/search.md). "
-        "target: distance of edits to the images that they should be",
+        "target: distance of edits to the images that they should be. votes: share of held-out votes that "
+        "the model's implicit rewards order wrongly, among rungs whose FID is not worse than the beginning's "
+        "by more than twice its error; unless given, with train.preference",
     )
     guidance_scales: Annotated[list[Annotated[float, Field(ge=1)]], Effect.EXTENT] = Field(
         [],

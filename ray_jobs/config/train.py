@@ -169,6 +169,11 @@ class VotesConfig(Section):
         "--draw`, with pairs in preferences.jsonl; or with kto also such with liked/ and disliked/, each a "
         "folder of captioned images as `diffray feedback ratings --draw` writes them",
     )
+    earlier: Annotated[list[str], BeforeValidator(_as_list), Effect.PUBLISHING] = Field(
+        [],
+        description="folders of votes that are not trained on, as those of earlier rounds: a version whose "
+        "implicit rewards order more than half of their test share wrongly does not become champion",
+    )
     loss: Literal["dpo", "kto"] = Field(
         "dpo",
         description="dpo: of each pair the preferred image (Diffusion-DPO, arXiv 2311.12908). kto: liked "

@@ -83,12 +83,19 @@ def prepare(config: Config, check: Callable[[], object] | None = None) -> Datase
     folder, preference = RunFolder.of(config), config.train.preference
     if preference is None:
         return prepare_set(config, folder.dataset, check)
-    of_votes = votes_config(config, preference)  # a wrong folder is told before pictures are encoded
+    # First: a wrong folder is told before pictures are encoded.
+    of_votes = votes_config(config, preference, preference.votes)
     dataset = prepare_set(config, folder.dataset, check)
     say("prepare", "votes:")
     votes = prepare_set(of_votes, folder.votes, are_votes=True)
     require_votes(of_votes, votes.manifest)
-    return replace(dataset, votes=Votes(of_votes, votes))
+    dataset = replace(dataset, votes=Votes(of_votes, votes))
+    if not preference.earlier:
+        return dataset
+    say("prepare", "votes of earlier rounds:")
+    of_earlier = votes_config(config, preference, preference.earlier)
+    earlier = prepare_set(of_earlier, folder.earlier_votes, are_votes=True)
+    return replace(dataset, earlier_votes=Votes(of_earlier, earlier))
 
 
 def prepare_set(

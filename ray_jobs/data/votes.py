@@ -5,12 +5,15 @@ votes that a search goes by, test those that a version is compared with the cham
 """
 
 import math
+from collections.abc import Sequence
 
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, DataConfig, SourceConfig, VotesConfig, resolve_path
+from ray_jobs.console import say
 from ray_jobs.data.sources.metadata import CHOSEN, PREFERENCES, REJECTED
 from ray_jobs.metrics.votes import votes_needed
 from ray_jobs.run.manifest import Manifest
+from ray_jobs.run.records import VOTES
 
 PROMPT = "prompt"
 LIKED, DISLIKED = "liked", "disliked"
@@ -18,14 +21,26 @@ FIELD = "train.preference.votes"
 TOLD_APART = 0.6  # share of votes for one of two models that an error gives as an example
 
 
-def votes_config(config: Config, votes: VotesConfig) -> Config:
-    """Return the configuration with which the votes are prepared: as the data set's, but for its sources.
+def suited_to_votes(config: Config) -> Config:
+    """Return the configuration with `search.rank_by: votes` if it trains on votes, unless given."""
+    search = config.search
+    if config.train.preference is None or "rank_by" in search.model_fields_set:
+        return config
+    say("votes", "ranks by held-out votes, where FID is not worse (search.rank_by: votes)")
+    return config.model_copy(update={"search": search.model_copy(update={"rank_by": VOTES})})
+
+
+def votes_config(config: Config, votes: VotesConfig, folders: Sequence[str]) -> Config:
+    """Return the configuration with which votes are prepared: as the data set's, but for its sources.
+
+    Args:
+        folders: of the votes.
 
     Raises:
         ConfigError: a folder has no votes of the kind that `train.preference.loss` learns from, or none with
             images.
     """
-    sources = [source for path in votes.votes for source in _sources(path, votes)]
+    sources = [source for path in folders for source in _sources(path, votes)]
     own = config.data
     kept = (
         *("resolution", "buckets", "bucket_max_aspect_ratio", "background", "validation", "test"),

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
     from ray_jobs.diffusion.protocols import Pipeline
     from ray_jobs.evaluation.merged_adapters import MergedAdapters
-    from ray_jobs.training.validation import ValidationLoss
+    from ray_jobs.training.validation import HeldOutVotes, ValidationLoss
 
 R = TypeVar("R")
 
@@ -110,6 +110,8 @@ class Evaluator:
         self.merged: MergedAdapters | None = None
         self.loaded: str | None = None  # as `_use` takes them, or BARE
         self._losses: dict[Split, ValidationLoss] = {}  # by split; each instance reads its rows once
+        # By split, and whether votes are of earlier rounds, with the losses of what the run begins from.
+        self._votes: dict[tuple[Split, bool], tuple[HeldOutVotes, tuple[torch.Tensor, torch.Tensor]]] = {}
 
     @cached_property
     def networks(self) -> Networks:
@@ -268,6 +270,45 @@ class Evaluator:
             encoded=self.prompts,
             references=looked_at,
         )
+
+    @replaced_if_broken()
+    def margins(
+        self, weights: str | None, split: Split, earlier: bool = False
+    ) -> tuple[list[float], list[str]]:
+        """Return by how much the implicit rewards prefer what was preferred, and the prompt, of each vote.
+
+        Rewards are differences from what the run begins from. With loss `kto` a liked picture and another
+        one, which need not have one prompt, make a vote.
+
+        Args:
+            earlier: of the votes of earlier rounds.
+        """
+        import torch
+
+        from ray_jobs.diffusion.sampling import place
+        from ray_jobs.training.validation import HeldOutVotes
+
+        votes = self.dataset.earlier_votes if earlier else self.dataset.votes
+        preference = self.config.train.preference
+        assert votes and preference
+        place_of, trained = (split, earlier), self.config.train.train_text_encoder
+        if place_of not in self._votes:
+            device = torch.device(self.device)
+            held = HeldOutVotes(votes.config, votes.dataset, device, preference.loss, split.name)
+            pipeline = self._use(None)
+            place(pipeline, self.device, denoisers=True, text_encoders=trained)
+            self._votes[place_of] = held, held.of_votes(pipeline)
+        held, reference = self._votes[place_of]
+        if weights is None:
+            found = reference
+        else:
+            pipeline = self._use(weights)
+            place(pipeline, self.device, denoisers=True, text_encoders=trained)
+            found = held.of_votes(pipeline)
+        preferred, other = (before - after for before, after in zip(reference, found, strict=True))
+        count = min(len(preferred), len(other))
+        margins = (preferred[:count] - other[:count]).tolist()
+        return margins, held.prompts if preference.loss == "dpo" else list(map(str, range(count)))
 
     @replaced_if_broken()
     def validation_losses(self, weights: str | None, split: Split) -> list[float]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,16 +21,18 @@ from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.data.preparation import prepared_by
 from ray_jobs.data.sources.dreambooth import Subject
 from ray_jobs.data.subjects import subjects_of
-from ray_jobs.evaluation.actor import FEATURES, Evaluator, References, SampleFiles, join, kept_features
+from ray_jobs.evaluation.actor import BARE, FEATURES, Evaluator, References, SampleFiles, join, kept_features
 from ray_jobs.evaluation.cross_validation import held_out, splits, trained_on
 from ray_jobs.evaluation.dealing import Shape, dealt, in_order
 from ray_jobs.evaluation.scores import FEWEST, Copies, Features, Real, Recited, Scores, SetScores, recited
 from ray_jobs.metrics.copies import CopyDetector, DetectorFacts, fit_detector
 from ray_jobs.metrics.edits import target_distance
-from ray_jobs.metrics.resampling import PairedDifference
+from ray_jobs.metrics.resampling import PairedDifference, difference_of
+from ray_jobs.metrics.score import Score
 from ray_jobs.metrics.subject import Drawn, DrawnSubjects, Photos, SubjectReference
+from ray_jobs.metrics.votes import mean_of_groups, wrongly_ordered
 from ray_jobs.run.folder import SharedFolder
-from ray_jobs.run.records import CORRECTED, FID, KID, MEASURES, SUBJECT, TARGET, Measurement
+from ray_jobs.run.records import CORRECTED, FID, KID, MEASURES, SUBJECT, TARGET, VOTES, Measurement
 from ray_jobs.run.samples import PROMPTS, SAMPLES, prompt_name, sample_name
 from ray_jobs.run.split import TEST, VALIDATION, Split
 from ray_jobs.weights.feature_networks import NetworkSet
@@ -43,6 +46,8 @@ if TYPE_CHECKING:
 CAPTION_USES = 2
 
 SUBJECT_FEATURES = "subject.features"  # features of what was drawn for subjects, beside FEATURES
+
+MARGINS = "votes.json"  # margin and prompt of each held-out vote, beside FEATURES
 
 OTHERS = 2  # real training pictures per picture of a score, to measure the correction of FID on
 
@@ -325,7 +330,8 @@ class EvaluatorPool:
         parts = self._drawn(weights, tasks, guidance_scale, by, files)
         shares = [task.numbers for task in tasks]
         found: Scores = ray.get(self.actors[0].score.remote(self._real[split], rung, shares, *parts))
-        return self._with_subjects(found, weights, split, guidance_scale, rung, tasks, parts)
+        found = self._with_subjects(found, weights, split, guidance_scale, rung, tasks, parts)
+        return self._with_votes(found, weights, split, rung)
 
     def measure(
         self,
@@ -352,7 +358,7 @@ class EvaluatorPool:
         given = self._real[split], self.captions[split], searched, shares, kept
         found: SetScores = ray.get(self.actors[0].measure.remote(*given, *parts))
         scores = self._with_subjects(found.scores, weights, split, guidance_scale, kept, tasks, parts)
-        found = replace(found, scores=scores)
+        found = replace(found, scores=self._with_votes(scores, weights, split, kept))
         return replace(found, recited=self._recited(weights, guidance_scale, known)) if known else found
 
     def _recited(self, weights: str | None, guidance_scale: float | None, known: Known) -> Recited:
@@ -494,6 +500,30 @@ class EvaluatorPool:
         if kept:
             kept.write_bytes(SUBJECT_FEATURES, save(drawn.tensors()))
         return replace(found, subject=reference.score(drawn, num_resamples=resamples))
+
+    def _with_votes(self, found: Scores, weights: str | None, split: Split, kept: Storage | None) -> Scores:
+        """Add the share of held-out votes that are ordered wrongly, if there are votes.
+
+        Args:
+            weights: None: what the run begins from.
+            kept: folder in which each vote's margin is saved.
+        """
+        import ray
+
+        if self.dataset.votes is None or split.run or weights == BARE:
+            return found
+        scores: list[Score | None] = []
+        for earlier in (False, True):
+            if earlier and (self.dataset.earlier_votes is None or split != TEST):
+                scores.append(None)
+                continue
+            margins, prompts = ray.get(self.actors[-1].margins.remote(weights, split, earlier))
+            share, error = mean_of_groups(wrongly_ordered(margins), prompts)
+            scores.append(Score(share, len(margins), "implicit rewards", error, MEASURES[VOTES].name))
+            if kept and not earlier:
+                kept.write_text(MARGINS, json.dumps({"margins": margins, "prompts": prompts}))
+        votes, before = scores
+        return replace(found, votes=votes, earlier_votes=before)
 
     def _subject_reference(self, split: Split) -> SubjectReference:
         """Measure what subjects on a loaded split are compared with: photos, prompts, the base's pictures."""
@@ -663,11 +693,18 @@ class EvaluatorPool:
             measure: one of `records.MEASURES`.
         """
         import ray
+        import torch
         from safetensors.torch import load
 
         if measure == SUBJECT:
             drawn = [DrawnSubjects.read(load(each.read_bytes(SUBJECT_FEATURES))) for each in (one, other)]
             return self._subjects[split].difference(*drawn, num_resamples=self.config.evaluate.bootstrap)
+        if measure == VOTES:
+            told = [json.loads(each.read_text(MARGINS)) for each in (one, other)]
+            first, second = (torch.tensor(wrongly_ordered(each["margins"])).double() for each in told)
+            apart, error = mean_of_groups((first - second).tolist(), told[0]["prompts"])
+            count = len(first)
+            return difference_of(apart, first, second, lambda _: error or 0.0, count, "implicit rewards")
         return ray.get(self.actors[0].difference.remote(self._real[split], one, other, file, measure))
 
     def ranked_by(self, split: Split) -> str:
@@ -686,6 +723,8 @@ class EvaluatorPool:
             return self._is_of_subjects(split)
         if self.rank_by == TARGET:
             return split in self.references
+        if self.rank_by == VOTES:
+            return self.dataset.votes is not None and not split.run
         if self.rank_by == KID:
             return min(len(self.captions[split]), self._num_samples(split)) >= FEWEST
         return self.rank_by != CORRECTED or self.corrected[split]

@@ -32,6 +32,7 @@ from ray_jobs.report import number
 from ray_jobs.run.records import (
     COPIES,
     CORRECTED,
+    EARLIER_VOTES,
     FID,
     KID,
     MEASURES,
@@ -41,6 +42,7 @@ from ray_jobs.run.records import (
     RECITED,
     SUBJECT,
     TARGET,
+    VOTES,
     Measurement,
 )
 from ray_jobs.weights.feature_networks import Networks
@@ -108,6 +110,8 @@ class Scores:
         spread: trace of the generated pictures' covariance, as a share of that of the real ones'.
         target: how far edits are from what they should be (`metrics.edits`); None without references.
         outside: how much edits change what they should leave alone; None without such pixels.
+        votes: share of held-out votes that the implicit rewards order wrongly; None without votes.
+        earlier_votes: the same of votes of earlier rounds.
         black: number of pictures that are black.
         subject: how well subjects are drawn (`metrics.subject`); None if that is not asked for.
     """
@@ -122,6 +126,8 @@ class Scores:
     preference: Score | None = None
     target: Score | None = None
     outside: Score | None = None
+    votes: Score | None = None
+    earlier_votes: Score | None = None
     black: int = 0
     subject: SubjectScore | None = None
 
@@ -144,7 +150,8 @@ class Scores:
         """Scores that can rank, as `MEASURES` names them."""
         subject = self.subject.total if self.subject else None
         distances = {FID: self.fid, CORRECTED: self.corrected, KID: self.kid, MIND: self.mind}
-        return {**distances, PREFERENCE: self.preference, TARGET: self.target, SUBJECT: subject}
+        votes = {VOTES: self.votes, EARLIER_VOTES: self.earlier_votes}
+        return {**distances, PREFERENCE: self.preference, TARGET: self.target, **votes, SUBJECT: subject}
 
     def described(self) -> str:
         """Format the scores for display."""

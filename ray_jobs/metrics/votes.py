@@ -37,21 +37,34 @@ def wilson_interval(won: float, votes: int, level: float = LEVEL) -> tuple[float
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def wrong_share(margins: Sequence[float]) -> tuple[float, float | None]:
-    """Return the share of votes that a model's implicit rewards order wrongly, and its standard error.
+def wrongly_ordered(margins: Sequence[float]) -> list[float]:
+    """Return for each vote whether a model's implicit rewards order it wrongly: 0, 1, or 1/2 for equal ones.
 
-    Of a model that has not left its reference every margin is 0, which counts as one half.
+    Of a model that has not left its reference every margin is 0.
 
     Args:
         margins: reward of the preferred image minus that of the other one, by vote.
     """
-    wrong = [0.5 if margin == 0 else float(margin < 0) for margin in margins]
-    count = len(wrong)
-    share = math.fsum(wrong) / count
-    if count < 2:
-        return share, None
-    variance = math.fsum((each - share) ** 2 for each in wrong) / (count - 1)
-    return share, math.sqrt(variance / count)
+    return [0.5 if margin == 0 else float(margin < 0) for margin in margins]
+
+
+def mean_of_groups(values: Sequence[float], groups: Sequence[str]) -> tuple[float, float | None]:
+    """Return the mean of values, and its standard error where values of one group depend on each other.
+
+    The variance of the mean is K / (K - 1) times the sum over K groups of their summed deviations' squares,
+    over n^2 (Liang & Zeger, Biometrika 73, 1986, of a mean). None for fewer than two groups.
+
+    Args:
+        groups: name of each value's group, as the prompt of a vote.
+    """
+    count, mean = len(values), math.fsum(values) / len(values)
+    sums: dict[str, float] = {}
+    for value, group in zip(values, groups, strict=True):
+        sums[group] = sums.get(group, 0.0) + value - mean
+    if (number := len(sums)) < 2:
+        return mean, None
+    variance = number / (number - 1) * math.fsum(each**2 for each in sums.values()) / count**2
+    return mean, math.sqrt(variance)
 
 
 def evidence_of_worse(wins: int, losses: int) -> float:

@@ -3,12 +3,13 @@
 from ray_jobs.config import Config
 from ray_jobs.data.references import suited_to_references
 from ray_jobs.data.subjects import suited_to_subjects
+from ray_jobs.data.votes import suited_to_votes
 from ray_jobs.registry.beginning import with_beginning
 
 
 def settled(config: Config, *, anew: bool = False) -> Config:
-    """Return the configuration with folders in place of registered versions, and as it suits subjects and
-    references.
+    """Return the configuration with folders in place of registered versions, and as it suits subjects,
+    references and votes.
 
     Every stage begins with it, so that all of them read the same settings.
 
@@ -18,4 +19,4 @@ def settled(config: Config, *, anew: bool = False) -> Config:
     Raises:
         ConfigError: as for `with_beginning`, `suited_to_subjects` and `suited_to_references`.
     """
-    return suited_to_references(suited_to_subjects(with_beginning(config, anew=anew)))
+    return suited_to_votes(suited_to_references(suited_to_subjects(with_beginning(config, anew=anew))))

@@ -16,7 +16,7 @@ from ray_jobs.registry.registration import (
     training_tags,
 )
 from ray_jobs.report import headline
-from ray_jobs.run.records import FID, MEASURES, SUBJECT, RungRow, Winner
+from ray_jobs.run.records import FID, MEASURES, SUBJECT, VOTES, RungRow, Winner
 from ray_jobs.run.split import TEST
 
 
@@ -38,7 +38,7 @@ def paired_with_champion(config: Config, pool: EvaluatorPool, test: str, model: 
     folder = Storage.open(held.source)
     if held.test_digest != test or not folder.exists(TEST_FEATURES):
         return None
-    measures = {FID, pool.ranked_by(TEST)}
+    measures = {FID, pool.ranked_by(TEST)} - {VOTES}  # which are relative to what training began from
     if not folder.exists(SUBJECT_FEATURES):
         measures -= {SUBJECT}
     errors = {}

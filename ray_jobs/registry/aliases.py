@@ -128,6 +128,7 @@ def measured_of(client: "MlflowClient", version: "ModelVersion") -> Measured | N
         others=others,
         preference_model=tags.get("preference_model"),
         begins_from=begins_from(version),
+        name=f"{version.name}@{version.version}",
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ray_jobs.run.records import CORRECTED, FID, MEASURES, PREFERENCE, SUBJECT
+from ray_jobs.run.records import CORRECTED, EARLIER_VOTES, FID, MEASURES, PREFERENCE, SUBJECT, VOTES
 
 
 class Result(NamedTuple):
@@ -33,6 +33,7 @@ class Measured:
         ranked_by: which score the search went by, one of `MEASURES`.
         others: the scores beside FID that can rank, by their names in `MEASURES`.
         preference_model: identity of the reward model, if there is one.
+        name: of the version, as name@3; "" if it is not registered.
         begins_from: base, and version or adapter, from which the weights were trained; "" if not recorded.
     """
 
@@ -47,6 +48,7 @@ class Measured:
     others: Mapping[str, Result] = field(default_factory=dict)
     preference_model: str | None = None
     begins_from: str = ""
+    name: str = ""
 
     def result(self, measure: str) -> Result | None:
         """Return a score; None if it was not recorded."""
@@ -82,9 +84,11 @@ def compared_by(new: Measured, champion: Measured) -> str:
 
     The corrected FID depends on training pictures, by which it is corrected, and is compared only where they
     are the same; the preference gap only where the reward model is; the subject score, which is relative to
-    what the weights were trained from, only where that is.
+    what the weights were trained from, only where that is; votes only where it is the champion.
     """
     measure = new.ranked_by
+    if measure == VOTES:
+        return VOTES if champion.name and f"={champion.name} " in f"{new.begins_from} " else FID
     if measure == SUBJECT and new.begins_from != champion.begins_from:
         return FID
     if measure == PREFERENCE and new.preference_model != champion.preference_model:
@@ -121,6 +125,8 @@ def objection(new: Measured, champion: Measured | None, paired: Paired | None = 
     if differ:
         return f"it cannot be compared with the champion: {'; '.join(differ)}"
     measure = compared_by(new, champion)
+    if measure == VOTES:
+        return _objection_of_votes(new, champion, paired)
     mine, theirs = new.result(measure), champion.result(measure)
     assert mine is not None and theirs is not None
     name = MEASURES[measure].name
@@ -136,6 +142,39 @@ def objection(new: Measured, champion: Measured | None, paired: Paired | None = 
     return (
         f"its test {name} {new.told(measure)} does not beat the champion's {champion.told(measure)}{margin}"
     )
+
+
+CERTAIN = 1.96  # standard errors by which a share of votes must differ from one half
+DRIFT = 2.0  # standard errors of FID's difference from the champion's beyond which it is worse
+
+
+def _objection_of_votes(new: Measured, champion: Measured, paired: Paired | None) -> str | None:
+    """Return the reason why a version that was trained on votes must not replace the one that it began from.
+
+    Its implicit rewards, relative to the champion, must order more than half of the held-out votes as people
+    did, and no less than half of earlier votes; and its FID must not be worse.
+    """
+    votes, earlier = new.result(VOTES), new.result(EARLIER_VOTES)
+    assert votes is not None
+    if not votes.value + CERTAIN * (votes.error or 0.0) < 0.5:
+        return (
+            f"it orders a share of {new.told(VOTES)} of the held-out votes wrongly, which is not certainly "
+            "less than the champion's 0.5"
+        )
+    if earlier and not earlier.value - CERTAIN * (earlier.error or 0.0) <= 0.5:
+        return (
+            f"it orders a share of {new.told(EARLIER_VOTES)} of earlier rounds' votes wrongly, more than the "
+            "champion's 0.5: the new votes contradict them"
+        )
+    error = math.hypot(new.error or 0.0, champion.error or 0.0)
+    if paired and FID in paired.errors:
+        error = paired.errors[FID]
+    if not new.fid - champion.fid <= DRIFT * error:
+        return (
+            f"its test FID {new.told(FID)} is worse than the champion's {champion.told(FID)} by more than "
+            f"{DRIFT:g} times the error {_number(FID, error)} of the difference"
+        )
+    return None
 
 
 def objection_to_first(new: Measured) -> str | None:

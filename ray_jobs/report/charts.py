@@ -15,6 +15,7 @@ from ray_jobs.run.records import (
     SUBJECT,
     SUBJECT_PARTS,
     TARGET,
+    VOTES,
     Measure,
     RungRow,
     Winner,
@@ -122,6 +123,12 @@ def target_chart(winner: Winner, results: Rows) -> str:
     return _ranking_chart(
         winner, results, TARGET, title, "1 - cosine of features; 0 for the targets themselves"
     )
+
+
+def votes_chart(winner: Winner, results: Rows) -> str:
+    """Share of validation's votes that are ordered wrongly, over steps; empty if no row has one."""
+    title = "Held-out votes that the model orders wrongly, over training steps"
+    return _ranking_chart(winner, results, VOTES, title, "Share of votes, 0.5 for a model like the reference")
 
 
 def _ranking_chart(winner: Winner, results: Rows, measure: str, title: str, what: str) -> str:

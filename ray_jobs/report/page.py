@@ -16,6 +16,7 @@ from ray_jobs.report.charts import (
     second_chart,
     subject_charts,
     target_chart,
+    votes_chart,
 )
 from ray_jobs.report.dataset_page import STYLE, dataset_section, table
 from ray_jobs.report.measures import SubjectPictures, measures_table, subjects_section
@@ -88,6 +89,7 @@ def write_report(
         mind_chart(winner, results),
         preference_chart(winner, results),
         target_chart(winner, results),
+        votes_chart(winner, results),
     ]
     charts += [second_chart(winner, results, network)] if network else []
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(

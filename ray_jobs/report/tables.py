@@ -18,6 +18,7 @@ from ray_jobs.run.records import (
     SUBJECT,
     SUBJECT_PARTS,
     TARGET,
+    VOTES,
     Winner,
 )
 
@@ -151,6 +152,18 @@ def scores(winner: Winner, results: Rows) -> list[tuple[str, str, str]]:
             "1 - cosine of each edit to the picture that it should be, in features; 0 at best",
         ),
         (
+            "test_votes",
+            3,
+            "Wrong votes, test",
+            "share of held-out votes that the implicit rewards order wrongly; 0.5: no better than before",
+        ),
+        (
+            "test_earlier_votes",
+            3,
+            "Wrong earlier votes, test",
+            "the same of earlier rounds' votes, which were not trained on here; above 0.5: they are lost",
+        ),
+        (
             "test_outside",
             1,
             "Change outside of the edit, test",
@@ -183,6 +196,7 @@ SCORES: Columns = [
         RANKING[MIND],
         RANKING[PREFERENCE],
         RANKING[TARGET],
+        RANKING[VOTES],
         ("outside", "outside", 1),
     ),
     ("second network", "fid_2", 2),

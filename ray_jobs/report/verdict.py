@@ -16,6 +16,7 @@ from ray_jobs.run.records import (
     PREFERENCE,
     SUBJECT,
     TARGET,
+    VOTES,
     Remembered,
     RungRow,
     Winner,
@@ -29,6 +30,7 @@ BIAS = {
     KID: "KID, which ranks here, does not have this bias.",
     MIND: "MIND, which ranks here, hardly rewards that; its values, too, fall with the number of pictures.",
     PREFERENCE: "The preference gap, which ranks here, does not depend on their number.",
+    VOTES: "The share of wrong votes, which ranks here, does not depend on their number.",
     TARGET: "The distance to the target, which ranks here, does not depend on their number.",
     SUBJECT: "The subject score, which ranks here, is made for few pictures.",
 }
@@ -67,6 +69,10 @@ def headline(winner: Winner) -> str:
         )
     if winner.ranked_by == TARGET and winner.test_target is not None:
         return f"{who} won: {of_targets(winner)}."
+    if winner.ranked_by == VOTES and winner.test_votes is not None:
+        digits = winner.measure.digits
+        wrong = number(winner.test_votes, digits, winner.test_votes_error)
+        return f"{who} won: it orders a share of {wrong} of the held-out votes wrongly, the base model 0.5."
     share = closed_share(winner)
     if share is None:
         return f"{who} won; within its error, the base model is already as near to real pictures as they are."

@@ -43,6 +43,11 @@ class RunFolder:
         return self.root.child("votes")
 
     @property
+    def earlier_votes(self) -> Storage:
+        """As `votes`, of those that are not trained on."""
+        return self.root.child("earlier_votes")
+
+    @property
     def trainings(self) -> Storage:
         """One folder per training; the storage path of Ray Train."""
         return self.root.child(TRAININGS)

@@ -24,6 +24,7 @@ WINNER = "winner.json"
 # Fields that candidates are ranked by.
 FID, CORRECTED, KID, MIND = "fid", "corrected_fid", "kid", "mind"
 PREFERENCE, SUBJECT, TARGET = "preference", "subject", "target"
+VOTES, EARLIER_VOTES = "votes", "earlier_votes"  # the second does not rank, but may hold a version back
 
 # Metrics of memorisation: near copies among pictures for the scored captions and for captions of training
 # pictures, and how often the nearest training picture has the caption that was drawn.
@@ -45,6 +46,8 @@ MEASURES = {
     PREFERENCE: Measure("preference gap", 2),
     SUBJECT: Measure("subject score", 2),
     TARGET: Measure("distance to the target", 3),
+    VOTES: Measure("share of wrong votes", 3),
+    EARLIER_VOTES: Measure("share of wrong earlier votes", 3),
 }
 
 
@@ -166,6 +169,10 @@ class RungRow(Record):
     preference_error: float | None = None
     target: float | None = None
     target_error: float | None = None
+    votes: float | None = None
+    votes_error: float | None = None
+    earlier_votes: float | None = None
+    earlier_votes_error: float | None = None
     outside: float | None = None
     outside_error: float | None = None
     subject: float | None = None
@@ -393,6 +400,10 @@ class Winner(Record):
     validation_preference_error: float | None = None
     validation_target: float | None = None
     validation_target_error: float | None = None
+    validation_votes: float | None = None
+    validation_votes_error: float | None = None
+    validation_earlier_votes: float | None = None
+    validation_earlier_votes_error: float | None = None
     validation_subject: float | None = None
     validation_subject_error: float | None = None
     test_reads: int = 1
@@ -409,6 +420,10 @@ class Winner(Record):
     test_preference_error: float | None = None
     test_target: float | None = None
     test_target_error: float | None = None
+    test_votes: float | None = None
+    test_votes_error: float | None = None
+    test_earlier_votes: float | None = None
+    test_earlier_votes_error: float | None = None
     test_outside: float | None = None
     test_outside_error: float | None = None
     test_subject: float | None = None
@@ -428,6 +443,10 @@ class Winner(Record):
     base_test_preference_error: float | None = None
     base_test_target: float | None = None
     base_test_target_error: float | None = None
+    base_test_votes: float | None = None
+    base_test_votes_error: float | None = None
+    base_test_earlier_votes: float | None = None
+    base_test_earlier_votes_error: float | None = None
     base_test_outside: float | None = None
     base_test_outside_error: float | None = None
     unedited_test_target: float | None = None
@@ -446,6 +465,8 @@ class Winner(Record):
     base_validation_mind: float | None = None
     base_validation_preference: float | None = None
     base_validation_target: float | None = None
+    base_validation_votes: float | None = None
+    base_validation_earlier_votes: float | None = None
     base_validation_subject: float | None = None
     validation_num_samples: int = 0
     test_floor_fid: float

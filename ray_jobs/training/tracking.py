@@ -50,6 +50,8 @@ RUNG_METRICS = {
     "validation/mind": "mind",
     "validation/mind_error": "mind_error",
     **{f"validation/{name}": name for part in (SUBJECT, *SUBJECT_PARTS) for name in (part, f"{part}_error")},
+    "validation/wrong_votes": "votes",
+    "validation/wrong_votes_error": "votes_error",
     "validation/fid_2": "fid_2",
     "validation/fid_2_error": "fid_2_error",
     "validation/loss": "validation_loss",

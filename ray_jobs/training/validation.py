@@ -125,6 +125,9 @@ class HeldOutVotes(ValidationLoss):
         dataset: its votes.
         preference: `train.preference.loss`.
         split: the split of the votes.
+
+    Attributes:
+        prompts: of the rows, in their order.
     """
 
     def __init__(
@@ -138,6 +141,8 @@ class HeldOutVotes(ValidationLoss):
     ) -> None:
         self.preference, self.split = preference, split
         super().__init__(config, dataset, device, rows=dataset.num_rows(split), timesteps=timesteps)
+        keys = dataset.table(split, ["digest", "text"]).to_pylist()
+        self.prompts = [text for _, text in sorted((key["digest"], key["text"]) for key in keys)]
 
     def of_votes(self, pipeline: Pipeline) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the losses of preferred or liked images, and of the others, as `of_rows`: float64 each.

@@ -12,19 +12,21 @@ from dataclasses import dataclass
 
 from cluster.storage import Storage
 from ray_jobs.config import Config, Effect
+from ray_jobs.console import say
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.evaluation.cross_validation import ORIGIN, averaged
 from ray_jobs.evaluation.pool import EvaluatorPool
 from ray_jobs.metrics.ranking import Candidate, require_comparable, winner
 from ray_jobs.report import Spent, TrialCost, number
 from ray_jobs.run.folder import RunFolder
-from ray_jobs.run.records import FID, SUBJECT, RungRow, read_rows, worker_hours
+from ray_jobs.run.records import FID, SUBJECT, VOTES, RungRow, read_rows, worker_hours
 from ray_jobs.run.split import VALIDATION
 from ray_jobs.training.trainer import began_with
 from ray_jobs.tuning.computed_steps import read_computed
 
 FINISHED = "finished.json"
 TUNE = "tune"  # folder of Ray Tune, which stays where trials were interrupted
+DRIFT = 2.0  # errors of FID by which a rung may be worse than the beginning and still win by votes
 COMPARISON = ("behind", "behind_error", "variance_ratio")
 
 
@@ -121,8 +123,10 @@ def choose(rows: list[RungRow], pool: EvaluatorPool) -> tuple[RungRow, list[Rung
     """
     require_comparable([row.fields() for row in rows], *ORIGIN)
     rows = [row.without(*COMPARISON) for row in rows]  # of an earlier start, which had another best rung
-    best = min(rows, key=lambda row: (row.score, row.step))
-    for place, row in enumerate(rows):
+    standing = _within_drift(rows, pool)
+    best = min((rows[place] for place in standing), key=lambda row: (row.score, row.step))
+    for place in standing:
+        row = rows[place]
         # A row with more steps cannot win a tie, and without errors only equal scores tie.
         if row.step < best.step and row.score_error is not None:
             rung, lowest = (Storage.open(each.features or each.checkpoint) for each in (row, best))
@@ -134,9 +138,31 @@ def choose(rows: list[RungRow], pool: EvaluatorPool) -> tuple[RungRow, list[Rung
         Candidate(
             row.score - best.score if row.behind is None else row.behind, row.behind_error or 0.0, row.step
         )
-        for row in rows
+        for row in (rows[place] for place in standing)
     ]
-    return rows[winner(ranked)], rows
+    return rows[standing[winner(ranked)]], rows
+
+
+def _within_drift(rows: list[RungRow], pool: EvaluatorPool) -> list[int]:
+    """Return the places of the rows that may win.
+
+    Of a search by votes these are rows whose FID is not worse than that of what training began from, by more
+    than `DRIFT` times the error; or all, if there is none. Votes say nothing of what else is lost.
+    """
+    places = list(range(len(rows)))
+    if rows[0].ranked_by != VOTES:
+        return places
+    before = pool.score(None, VALIDATION).fid
+
+    def drifted(row: RungRow) -> bool:
+        error = math.hypot(row.fid_error or 0.0, before.standard_error or 0.0)
+        return row.fid - before.value > DRIFT * error
+
+    kept = [place for place in places if not drifted(rows[place])]
+    if len(kept) < len(places):
+        begun = number(before.value, 1, before.standard_error)
+        say("search", f"{len(places) - len(kept)} of {len(places)} rungs have a worse FID than {begun}")
+    return kept or places
 
 
 def with_error(row: RungRow) -> str:

@@ -18,7 +18,18 @@ from ray_jobs.metrics.corrected import Correction
 from ray_jobs.metrics.resampling import PairedDifference
 from ray_jobs.publish import _outcome
 from ray_jobs.publishing.final_scores import JUDGED, _of_base
-from ray_jobs.run.records import FID, KID, MEASURES, MIND, PREFERENCE, SUBJECT, TARGET, RungRow
+from ray_jobs.run.records import (
+    EARLIER_VOTES,
+    FID,
+    KID,
+    MEASURES,
+    MIND,
+    PREFERENCE,
+    SUBJECT,
+    TARGET,
+    VOTES,
+    RungRow,
+)
 from ray_jobs.run.split import VALIDATION, Split
 from ray_jobs.tuning.results import choose, with_error
 from ray_jobs.weights.feature_networks import Networks
@@ -32,8 +43,9 @@ DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 WIDTH, COUNT, RESAMPLES = 16, 48, 20
 NETWORKS = Networks(Colours("small", "0" * 64, torch.device("cpu"), WIDTH))  # only its name and width count
 NETWORK = NETWORKS.first.identity
-# Scores of sets of pictures of any kind; rewards are in test_preference.py, targets in test_edits.py.
-RANKING = sorted(set(MEASURES) - {SUBJECT, PREFERENCE, TARGET})
+# Scores of sets of pictures of any kind; rewards are in test_preference.py, targets in test_edits.py, votes
+# in test_votes.py.
+RANKING = sorted(set(MEASURES) - {SUBJECT, PREFERENCE, TARGET, VOTES, EARLIER_VOTES})
 
 
 def features(count: int, seed: int, shift: float = 0.0) -> Features:

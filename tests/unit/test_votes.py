@@ -10,7 +10,13 @@ from ray_jobs.config import Config, ConfigError, load_config
 from ray_jobs.data.curation.decisions import _own_splits
 from ray_jobs.data.preparation import open_sources
 from ray_jobs.data.votes import require_votes, votes_config
-from ray_jobs.metrics.votes import evidence_of_worse, votes_needed, wilson_interval, wrong_share
+from ray_jobs.metrics.votes import (
+    evidence_of_worse,
+    mean_of_groups,
+    votes_needed,
+    wilson_interval,
+    wrongly_ordered,
+)
 from ray_jobs.run.manifest import Manifest
 from tests.unit.test_sources import lines, picture, samples, write
 
@@ -49,7 +55,7 @@ def configured(folder: Path, *overrides: str) -> Config:
 
 def prepared_with(config: Config) -> Config:
     assert config.train.preference
-    return votes_config(config, config.train.preference)
+    return votes_config(config, config.train.preference, config.train.preference.votes)
 
 
 def test_a_pair_is_one_row_of_the_preferred_picture_and_the_other(tmp_path: Path) -> None:
@@ -121,11 +127,15 @@ def test_wilson_interval_by_hand() -> None:
 
 
 def test_wrong_votes_by_hand() -> None:
-    share, error = wrong_share([1.0, -2.0, 0.0, 3.0])
+    wrong = wrongly_ordered([1.0, -2.0, 0.0, 3.0])
+    assert wrong == [0, 1, 0.5, 0]
+    share, error = mean_of_groups(wrong, ["a", "b", "c", "d"])
     assert share == pytest.approx(0.375)
-    # deviations -0.375, 0.625, 0.125, -0.375: variance 0.6875 / 3, of the mean a quarter
+    # deviations -0.375, 0.625, 0.125, -0.375: squares 0.6875, times 4 / 3 over 16
     assert error == pytest.approx(math.sqrt(0.6875 / 12))
-    assert wrong_share([0.0])[1] is None
+    # in two groups of sums 0.25 and -0.25: 2 / 1 (2 / 16) / 16
+    assert mean_of_groups(wrong, ["a", "a", "b", "b"])[1] == pytest.approx(math.sqrt(1 / 64))
+    assert mean_of_groups(wrong, ["a"] * 4)[1] is None
 
 
 def test_evidence_of_worse_by_hand() -> None:

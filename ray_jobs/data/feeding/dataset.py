@@ -42,6 +42,7 @@ class Dataset:
         cache: folder of its parts' files.
         live: with `data.encode: stream`, a reference to the `streaming.Live` that encodes training rows.
         without_fold: cross-validation fold that replaces validation, else None.
+        earlier_votes: votes that are not trained on.
         votes: with `train.preference`, what is trained on; the images here are what is measured against.
     """
 
@@ -51,6 +52,7 @@ class Dataset:
     live: "ObjectRef | None" = None
     without_fold: int | None = None
     votes: Votes | None = None
+    earlier_votes: Votes | None = None
 
     @property
     def rows_an_epoch(self) -> int:
