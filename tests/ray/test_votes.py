@@ -51,7 +51,8 @@ def test_votes_are_trained_on_alike_by_one_worker_and_by_two(
 ) -> None:
     variants, datasets = {}, {}
     for loss in ("dpo", "kto"):
-        config = configured(tiny_model, picture_folder, tmp_path / loss, votes, loss)
+        quick = ["train.learning_rate=0.01", "train.warmup_steps=0"]
+        config = configured(tiny_model, picture_folder, tmp_path / loss, votes, loss, *quick)
         datasets[loss] = prepare(config)
         variants[loss] = config
         held = datasets[loss].votes
@@ -71,9 +72,10 @@ def test_votes_are_trained_on_alike_by_one_worker_and_by_two(
                 train_variants({loss: config}, datasets[loss], tmp_path, workers, STEPS)[loss]["loss"]
                 for workers in (one, two_workers)
             ]
-            assert found[0] == pytest.approx(found[1], rel=1e-5)
+            # beta / 2 = 500 times what rounding makes of the difference of two losses.
+            assert found[0] == pytest.approx(found[1], abs=500 * 2e-6)
             assert found[0][0] == pytest.approx(0.6931472 if loss == "dpo" else 0.5)
-            assert len(set(found[0])) == STEPS
+            assert all(abs(later - found[0][0]) > 0.01 for later in found[0][1:])
     finally:
         one.stop()
 
