@@ -43,7 +43,7 @@ from ray_jobs.config.search import (
     PreferenceConfig,
     SearchConfig,
 )
-from ray_jobs.config.serve import PublishConfig, ServeConfig
+from ray_jobs.config.serve import PublishConfig, ServeConfig, UpdateConfig
 from ray_jobs.config.space import Range, Settings, check_pairs, drawn, ends, read_values
 from ray_jobs.config.train import (
     ENDLESS,
@@ -92,6 +92,7 @@ __all__ = [
     "SourceConfig",
     "StageConfig",
     "TrainConfig",
+    "UpdateConfig",
     "VotesConfig",
     "add_budget_arguments",
     "add_config_arguments",
@@ -173,6 +174,7 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     publish: PublishConfig = PublishConfig()
     serve: ServeConfig = ServeConfig()
+    update: UpdateConfig = UpdateConfig()
     local: LocalConfig = LocalConfig()
     pretrain: Annotated[PretrainConfig | None, Effect.PRETRAINING] = Field(
         None, description="settings of `python -m ray_jobs.pretrain`"

@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from ray_jobs.config.effects import Effect
+from ray_jobs.config.effects import Added, Effect
 from ray_jobs.config.fields import ModelName, Positive, Precision, Section, Share, by_device, require_unset
 
 Offload = Literal["none", "encoders", "model"]
@@ -26,6 +26,48 @@ class PublishConfig(Section):
         description="MLflow server; empty: MLFLOW_TRACKING_URI, else SQLite in the storage folder",
     )
     sample_count: Positive = Field(8, description="captions in the image grid of the report")
+    release: Annotated[Literal["best", "canary"], Added("best")] = Field(
+        "best",
+        description="best: a version that beats the champion replaces it, any other becomes the candidate. "
+        "canary: a version that beats the champion becomes the candidate, on which the endpoint decides, any "
+        "other is held back",
+    )
+
+
+class UpdateConfig(Section):
+    """The next version from feedback (`diffray update`)."""
+
+    affects: ClassVar = Effect.NOTHING
+
+    train_on: Literal["votes", "liked"] = Field(
+        "votes",
+        description="votes: train on preferences, as train.preference says (by default dpo); liked: train "
+        "further on the data set with the liked images mixed in",
+    )
+    liked_share: float = Field(
+        0.2,
+        gt=0,
+        lt=1,
+        description="with train_on: liked, share of the liked images in the rows of an epoch",
+    )
+    url: str | None = Field(
+        None, description="running endpoint that draws the images again, which were not kept"
+    )
+    after_votes: Positive = Field(
+        200, description="number of new votes, or with liked of liked images, with which an update is due"
+    )
+    after_drift: float | None = Field(
+        None,
+        gt=1,
+        description="an update is also due if the champion's drift FID is this many times what it was when "
+        "published (serve.drift_pictures); empty: never",
+    )
+
+    @model_validator(mode="after")
+    def _is_used(self) -> "UpdateConfig":
+        if self.train_on == "votes":
+            require_unset(self, "with train_on: votes", "liked_share")
+        return self
 
 
 class ServeConfig(Section):
@@ -139,6 +181,24 @@ class ServeConfig(Section):
         description="withdraw the candidate if its median latency is this many times the champion's",
     )
 
+    rollback_feedback: Share = Field(
+        0.01,
+        description="withdraw the candidate, or take back a champion that replaced another version, if votes "
+        "and ratings show that people like it less; this is the probability of doing so with a version that "
+        "they like as much, however often one looks; 0: never",
+    )
+    promote_feedback: Share = Field(
+        0.0,
+        description="make the candidate the champion if votes and ratings show that people like it more; "
+        "this is the probability of doing so with a version that they like no more; 0: by hand only",
+    )
+    rollback_drift: float | None = Field(
+        None,
+        gt=1,
+        description="withdraw the candidate, or take the champion back, if its drift FID is this many times "
+        "what it was when published, or if it draws more near copies than chance has; empty: never",
+    )
+
     feedback_url: str | None = Field(
         None, description="SQL database of generations and ratings; empty: SQLite in the storage folder"
     )
@@ -179,6 +239,10 @@ class ServeConfig(Section):
             raise ValueError(f"attention: {self.attention} needs use_gpu; on a CPU use flash or math")
         if self.attention in ("flash", "cudnn") and self.use_gpu and self.precision == "fp32":
             raise ValueError(f"attention: {self.attention} on a GPU needs precision bf16 or fp16")
+        if self.rollback_drift and not self.drift_pictures:
+            raise ValueError("rollback_drift needs drift_pictures, the number of images that are scored")
+        if self.promote_feedback and not self.candidate_share:
+            raise ValueError("promote_feedback needs candidate_share, of users who see the candidate")
         if self.drift_pictures == 1:
             raise ValueError("drift_pictures: one image is too few; give 0 (off) or some hundreds")
         if self.default_steps > self.max_steps:

@@ -45,7 +45,7 @@ from ray_jobs.data.sources.captions import caption_rules
 from ray_jobs.data.sources.detection import Source, open_source
 from ray_jobs.data.sources.dreambooth import Subject
 from ray_jobs.data.sources.samples import suffix_text
-from ray_jobs.data.votes import require_votes, votes_config
+from ray_jobs.data.votes import check_votes, require_votes, votes_config
 from ray_jobs.report.dataset_page import write_dataset_page
 from ray_jobs.run.folder import RunFolder, SharedFolder
 from ray_jobs.run.manifest import MANIFEST, Manifest
@@ -83,6 +83,7 @@ def prepare(config: Config, check: Callable[[], object] | None = None) -> Datase
     folder, preference = RunFolder.of(config), config.train.preference
     if preference is None:
         return prepare_set(config, folder.dataset, check)
+    check_votes(config)
     # First: a wrong folder is told before pictures are encoded.
     of_votes = votes_config(config, preference, preference.votes)
     dataset = prepare_set(config, folder.dataset, check)

@@ -7,6 +7,7 @@ votes that a search goes by, test those that a version is compared with the cham
 import math
 from collections.abc import Sequence
 
+from cluster.fetched import local_path
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, DataConfig, SourceConfig, VotesConfig, resolve_path
 from ray_jobs.console import say
@@ -14,6 +15,7 @@ from ray_jobs.data.sources.metadata import CHOSEN, PREFERENCES, REJECTED
 from ray_jobs.metrics.votes import votes_needed
 from ray_jobs.run.manifest import Manifest
 from ray_jobs.run.records import VOTES
+from ray_jobs.weights.model_files import family_in
 
 PROMPT = "prompt"
 LIKED, DISLIKED = "liked", "disliked"
@@ -28,6 +30,16 @@ def suited_to_votes(config: Config) -> Config:
         return config
     say("votes", "ranks by held-out votes, where FID is not worse (search.rank_by: votes)")
     return config.model_copy(update={"search": search.model_copy(update={"rank_by": VOTES})})
+
+
+def check_votes(config: Config) -> None:
+    """Raise ConfigError if the model's captions are encoded with images, which votes do not have."""
+    family = family_in(local_path(config.model.base), revision=config.model.revision)
+    if family.text.sees_references:
+        raise ConfigError(
+            f"train.preference: {config.model.base} ({family.pipeline_class}) encodes captions with reference "
+            "images, which votes do not have; choose another base"
+        )
 
 
 def votes_config(config: Config, votes: VotesConfig, folders: Sequence[str]) -> Config:

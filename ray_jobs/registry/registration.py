@@ -154,6 +154,8 @@ def _decide(
         measure = compared_by(measured, held) if held else FID
         score = f"its test {MEASURES[measure].name} {measured.told(measure)}"
         decision = f"champion: {score} beats that of version {champion}, now {PREVIOUS}"
+    if config.publish.release == "canary" and champion not in (None, version):
+        return _released(client, name, version, decision, against)
     if against:
         decision = (
             f"stays candidate: {against}; to promote it all the same: {command_line('promote', version)}"
@@ -163,6 +165,19 @@ def _decide(
         make_champion(client, name, version, aliases)
     retried(lambda: client.set_model_version_tag(name, str(version), DECISION, decision))
     return Registered(version, names_of(aliases_of(client, config), version), decision)
+
+
+def _released(
+    client: "MlflowClient", name: str, version: int, decision: str, against: str | None
+) -> Registered:
+    """Make a new version the candidate, or hold it back, and record why (`publish.release: canary`)."""
+    if against:
+        decision = f"held back: {against}; to promote it all the same: {command_line('promote', version)}"
+    else:
+        decision = f"candidate: {decision.removeprefix('champion: ').partition(', now ')[0]}"
+        retried(lambda: client.set_registered_model_alias(name, CANDIDATE, str(version)))
+    retried(lambda: client.set_model_version_tag(name, str(version), DECISION, decision))
+    return Registered(version, (CANDIDATE,) if not against else (), decision)
 
 
 def _settled(client: "MlflowClient", config: Config, decided: Registered, before: set[int]) -> Registered:

@@ -133,7 +133,7 @@ class InputMaker:
         self.null_length = int(self.null[MASK].sum()) if MASK in self.null else 0
         # Where text encoders see the references, a dropped caption still has those of its row.
         self.text = model.family.text
-        self.own_null = bool(num_references) and self.text.sees_references
+        self.own_null = bool(num_references) and not preference and self.text.sees_references
         self.nulls = tuple(NULL + name for name in self.null if self.own_null and caption_dropout)
 
     @property

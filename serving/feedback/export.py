@@ -12,7 +12,7 @@ from cluster.storage import Storage
 from ray_jobs.config import ConfigError
 from serving.feedback.replay import Replayer, Unavailable
 from serving.feedback.schemas import Generation
-from serving.feedback.store import FeedbackStore, Rated, Vote
+from serving.feedback.store import ALWAYS, FeedbackStore, Period, Rated, Vote
 
 PREFERENCES = "preferences"
 METADATA = "metadata.jsonl"
@@ -121,30 +121,29 @@ def rated_pairs(ratings: Iterable[Rated], known: dict[str, Generation], left_out
     return pairs
 
 
-def liked(ratings: Iterable[Rated], known: dict[str, Generation], left_out: LeftOut) -> list[Generation]:
-    """Return the images that more keys rated +1 than -1, the oldest first."""
-    sums: Counter[str] = Counter()
-    for each in ratings:
-        sums[each.image_id] += each.rating
-    for total in sums.values():
-        if total <= 0:
-            left_out["a picture that was not rated good on the whole"] += 1
-    return sorted((known[image] for image, total in sums.items() if total > 0), key=_age)
-
-
 def _age(generation: Generation) -> tuple[float, str]:
     return generation.created, generation.image_id
 
 
 def export_preferences(
-    store: FeedbackStore, out: Storage, replayer: Replayer | None, file_format: str
+    store: FeedbackStore,
+    out: Storage,
+    replayer: Replayer | None,
+    file_format: str,
+    period: Period = ALWAYS,
 ) -> ExportReport:
-    """Write the pairs, with their images if there is a `replayer`."""
+    """Write the pairs, with their images if there is a `replayer`.
+
+    Args:
+        period: when the feedback was given.
+    """
     left_out: LeftOut = Counter()
-    votes, ratings = store.votes(), store.ratings()
+    votes, ratings = store.votes(period), store.ratings(period)
     images = {each.image_id for each in ratings}
     images |= {image for vote in votes for image in (vote.winner_id, vote.loser_id)}
     known = {each.image_id: each for each in store.generations(sorted(images))}
+    votes = [vote for vote in votes if _has_records(vote[:2], known, left_out)]
+    ratings = [each for each in ratings if _has_records(each[:1], known, left_out)]
     pairs = voted_pairs(votes, known, left_out) + rated_pairs(ratings, known, left_out)
     pairs.sort(key=lambda pair: (_age(pair.chosen), _age(pair.rejected), pair.source))
     rows = [pair.row() for pair in pairs]
@@ -165,12 +164,56 @@ def export_preferences(
     return _report(out, "pairs", len(rows), left_out)
 
 
-def export_training(store: FeedbackStore, out: Storage, replayer: Replayer) -> ExportReport:
+def export_training(
+    store: FeedbackStore, out: Storage, replayer: Replayer, period: Period = ALWAYS
+) -> ExportReport:
     """Write liked images and their captions."""
     left_out: LeftOut = Counter()
-    ratings = store.ratings()
+    found = _sums(store, period, left_out)
+    for total in found.values():
+        if total <= 0:
+            left_out["a picture that was not rated good on the whole"] += 1
+    wanted = [each for each, total in found.items() if total > 0]
+    count = _write_captioned(wanted, out, replayer, left_out)
+    return _report(out, "pictures", count, left_out)
+
+
+def export_ratings(
+    store: FeedbackStore, out: Storage, replayer: Replayer, period: Period = ALWAYS
+) -> ExportReport:
+    """Write images that more keys rated +1 than -1 to `liked/`, others to `disliked/`, with captions."""
+    left_out: LeftOut = Counter()
+    found, count = _sums(store, period, left_out), 0
+    for total in found.values():
+        if not total:
+            left_out["a picture with as many good as bad ratings"] += 1
+    for name, sign in (("liked", 1), ("disliked", -1)):
+        wanted = [each for each, total in found.items() if total * sign > 0]
+        count += _write_captioned(wanted, out.child(name), replayer, left_out)
+    return _report(out, "pictures", count, left_out)
+
+
+def _sums(store: FeedbackStore, period: Period, left_out: LeftOut) -> dict[Generation, int]:
+    """Return the sum of the ratings of each rated image, the oldest image first."""
+    ratings = store.ratings(period)
     known = {each.image_id: each for each in store.generations(sorted({each.image_id for each in ratings}))}
-    wanted = liked(ratings, known, left_out)
+    sums: Counter[str] = Counter()
+    for each in ratings:
+        if _has_records(each[:1], known, left_out):
+            sums[each.image_id] += each.rating
+    return {known[image]: sums[image] for image in sorted(sums, key=lambda image: _age(known[image]))}
+
+
+def _has_records(images: Iterable[str], known: dict[str, Generation], left_out: LeftOut) -> bool:
+    """Return whether it is still recorded how images were drawn; count it otherwise."""
+    if all(image in known for image in images):
+        return True
+    left_out["feedback on a picture whose record was deleted"] += 1
+    return False
+
+
+def _write_captioned(wanted: list[Generation], out: Storage, replayer: Replayer, left_out: LeftOut) -> int:
+    """Write images with their captions, and return their number."""
     drawn = _draw({each.image_id: each for each in wanted}, out, "", replayer)
     rows = []
     for generation in wanted:
@@ -179,7 +222,7 @@ def export_training(store: FeedbackStore, out: Storage, replayer: Replayer) -> E
         else:
             rows.append({"file_name": f"{generation.image_id}.png", "text": generation.prompt})
     out.write_lines(METADATA, rows)
-    return _report(out, "pictures", len(rows), left_out)
+    return len(rows)
 
 
 def _draw(

@@ -5,6 +5,7 @@ A thread writes generations, off the request path; a rating is on disk before it
 
 import atexit
 import logging
+import math
 import queue
 import threading
 import time
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from secrets import token_bytes
 from typing import NamedTuple
 
-from sqlalchemy import ColumnElement, Engine, Executable, Table, case, func, select
+from sqlalchemy import ColumnElement, Connection, Engine, Executable, Table, and_, case, func, select
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
@@ -34,6 +35,7 @@ CAPACITY = 4096  # maximum queued generations
 BATCH = 512  # maximum generations per commit
 WAITS_S = 10.0  # timeout for room in the queue, and for the disk, in seconds
 SLOWEST_RETRY_S = 30.0
+FOREVER = 1e18  # seconds since 1970; databases know no infinity
 UNREACHABLE = (OperationalError, InterfaceError, PoolTimeout)  # possibly temporary: worth a retry
 
 log = logging.getLogger(__name__)
@@ -54,6 +56,23 @@ class Vote(NamedTuple):
     winner_id: str
     loser_id: str
     key_id: str
+
+
+class Period(NamedTuple):
+    """When feedback was given, in seconds since 1970: after `since`, and until `until`."""
+
+    since: float = 0.0
+    until: float = math.inf
+
+
+ALWAYS = Period()
+
+
+class Compared(NamedTuple):
+    """How often people preferred one of two versions, and how often the other."""
+
+    wins: int
+    losses: int
 
 
 @dataclass(frozen=True)
@@ -176,19 +195,68 @@ class FeedbackStore:
                 known += [Generation.model_validate(dict(row)) for row in rows]
         return sorted(known, key=lambda each: (each.created, each.image_id))
 
-    def ratings(self) -> list[Rated]:
-        """Return all ratings, sorted by image and key."""
+    def ratings(self, period: Period = ALWAYS) -> list[Rated]:
+        """Return the ratings of a period, sorted by image and key."""
         columns = (ratings.c.image_id, ratings.c.key_id, ratings.c.rating, ratings.c.comment)
         with self._engine.connect() as connection:
-            rows = connection.execute(select(*columns).order_by(*columns[:2]))
-            return [Rated(*row) for row in rows]
+            chosen = select(*columns).where(_within(ratings, period)).order_by(*columns[:2])
+            return [Rated(*row) for row in connection.execute(chosen)]
 
-    def votes(self) -> list[Vote]:
-        """Return all votes, sorted by pair of images and key."""
+    def votes(self, period: Period = ALWAYS) -> list[Vote]:
+        """Return the votes of a period, sorted by pair of images and key."""
         with self._engine.connect() as connection:
             columns = (votes.c.winner_id, votes.c.loser_id, votes.c.key_id)
-            rows = connection.execute(select(*columns).order_by(votes.c.pair, votes.c.key_id))
-            return [Vote(*row) for row in rows]
+            chosen = select(*columns).where(_within(votes, period)).order_by(votes.c.pair, votes.c.key_id)
+            return [Vote(*row) for row in connection.execute(chosen)]
+
+    def compared(self, model: str, version: int, other: int) -> Compared:
+        """Return how people compare two versions of a model.
+
+        Votes between their images count; and ratings, of which the n-th of one version and the n-th of the
+        other, as they came in, make a comparison unless they are equal. A key counts once for an image, and
+        once for a version's images of one prompt.
+
+        Raises:
+            APIError: 503, the database does not answer.
+        """
+        one, another = generations.alias(), generations.alias()
+        try:
+            with self._engine.connect() as connection:
+                wins, losses = (
+                    connection.scalar(
+                        select(func.count())
+                        .select_from(
+                            votes.join(one, one.c.image_id == votes.c.winner_id).join(
+                                another, another.c.image_id == votes.c.loser_id
+                            )
+                        )
+                        .where(one.c.model == model, another.c.model == model)
+                        .where(one.c.version == winner, another.c.version == loser)
+                    )
+                    or 0
+                    for winner, loser in ((version, other), (other, version))
+                )
+                rated = [self._rated(connection, model, each) for each in (version, other)]
+        except SQLAlchemyError as error:
+            raise _unavailable() from error
+        pairs = list(zip(*rated, strict=False))
+        return Compared(
+            wins + sum(mine > theirs for mine, theirs in pairs),
+            losses + sum(mine < theirs for mine, theirs in pairs),
+        )
+
+    def _rated(self, connection: Connection, model: str, version: int) -> list[int]:
+        """Return a version's ratings as they came in: a key's first one of the images of each prompt."""
+        rows = connection.execute(
+            select(ratings.c.key_id, generations.c.prompt, ratings.c.rating)
+            .select_from(ratings.join(generations, generations.c.image_id == ratings.c.image_id))
+            .where(generations.c.model == model, generations.c.version == version, ratings.c.rating != 0)
+            .order_by(ratings.c.created, ratings.c.image_id)
+        )
+        first: dict[tuple[str, str], int] = {}
+        for key, prompt, rating in rows:
+            first.setdefault((key, prompt), rating)
+        return list(first.values())
 
     def tally(self) -> list[FeedbackTally]:
         """Count the feedback on each model, version and role, to compare versions.
@@ -281,6 +349,11 @@ class FeedbackStore:
                 for each in batch:
                     self._insert([each])
                 return
+
+
+def _within(table: Table, period: Period) -> ColumnElement[bool]:
+    """Return the condition that a row of a table is of a period."""
+    return and_(table.c.created > period.since, table.c.created <= min(period.until, FOREVER))
 
 
 def _storable(value: object) -> object:

@@ -4,7 +4,7 @@ from pydantic import BaseModel
 
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.registry import aliases
-from ray_jobs.registry.models import CANDIDATE, open_existing, store_errors
+from ray_jobs.registry.models import CANDIDATE, CHAMPION, open_existing, store_errors
 from serving.feedback.store import FeedbackTally
 from serving.load import DriftScores
 from serving.service.canary import Summary
@@ -54,6 +54,27 @@ def withdraw(config: Config, version: int | None = None, reason: str = "by hand"
         client.set_model_version_tag(name, str(candidate), TAKEN_OUT, reason)
         client.delete_registered_model_alias(name, CANDIDATE)
     return candidate
+
+
+def take_back(config: Config, version: int, reason: str) -> int:
+    """Make the previous version the champion again, and tag the one that it replaces with the reason.
+
+    Args:
+        version: the version that must be the champion.
+
+    Raises:
+        ConfigError: another version is, or there is no previous one.
+    """
+    name = config.publish.model_name
+    with store_errors(config):
+        client = open_existing(config)
+        if (champion := aliases.aliases_of(client, config).get(CHAMPION)) != version:
+            raise ConfigError(
+                f"{name!r}: version {champion} is the champion, not {version}; nothing to take back"
+            )
+        former = aliases.rollback(config)
+        client.set_model_version_tag(name, str(version), TAKEN_OUT, reason)
+    return former
 
 
 def promote(config: Config, version: int | None = None) -> int:

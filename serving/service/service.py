@@ -10,9 +10,9 @@ from functools import partial
 from itertools import count
 
 from ray_jobs.config import Config
-from ray_jobs.registry.models import RegisteredModel
+from ray_jobs.registry.models import CHAMPION, PREVIOUS, RegisteredModel
 from ray_jobs.run.folder import RunFolder
-from serving.feedback.store import FeedbackStore, FeedbackTally
+from serving.feedback.store import Compared, FeedbackStore, FeedbackTally
 from serving.load import DriftScores
 from serving.messages import BASE, ReplicaLoad, RoutedRequest, label
 from serving.schemas import (
@@ -27,12 +27,13 @@ from serving.schemas import (
 from serving.service.canary import Canary, Limits
 from serving.service.metrics import Metrics
 from serving.service.picture_links import PictureLinks
+from serving.service.quality import Quality
 from serving.service.registry_watcher import RegistryWatcher
 from serving.service.replica_client import ReplicaClient
 from serving.service.request_context import RequestContext
 from serving.service.request_planner import RequestPlanner
 from serving.service.responses import Delivery, choices_of
-from serving.service.rollout import RolloutStatus, ShadowCounts, withdraw
+from serving.service.rollout import RolloutStatus, ShadowCounts, promote, take_back, withdraw
 from serving.service.routing import Catalogue
 from serving.service.shadow import Shadow
 
@@ -60,6 +61,7 @@ class Service:
         self.catalogue = Catalogue(champion.name, champion, settings.models, settings.candidate_share)
         limits = Limits(settings.rollback_requests, settings.rollback_error_rate, settings.rollback_latency)
         self.canary = Canary(limits)
+        self.quality = Quality(settings.rollback_feedback, settings.promote_feedback, settings.rollback_drift)
         self.metrics = Metrics(
             max_queued_requests=settings.max_queued_requests, min_replicas=settings.min_replicas
         )
@@ -97,6 +99,8 @@ class Service:
         self._in_background(self._clean())
         if self.settings.shadow_share:
             self._in_background(self.shadow.run())
+        if self.quality != Quality(0.0):
+            self._in_background(self._watch_quality())
 
     async def generate(
         self,
@@ -279,10 +283,14 @@ class Service:
             return
         reason = self.canary.objection(label(champion), label(candidate))
         if reason:
-            self.canary.taken_out[label(candidate)] = reason
-            self.catalogue.candidate = None
-            logger.warning("%s is taken out: %s", label(candidate), reason)
-            self._in_background(self._withdraw(candidate, reason))
+            self._take_out(candidate, reason)
+
+    def _take_out(self, candidate: RegisteredModel, reason: str) -> None:
+        """Let the candidate answer no more, and remove its alias."""
+        self.canary.taken_out[label(candidate)] = reason
+        self.catalogue.candidate = None
+        logger.warning("%s is taken out: %s", label(candidate), reason)
+        self._in_background(self._withdraw(candidate, reason))
 
     async def _withdraw(self, candidate: RegisteredModel, reason: str) -> None:
         """Remove the alias in the registry, so that a restarted endpoint does not serve the candidate."""
@@ -299,6 +307,46 @@ class Service:
             except OSError as error:
                 logger.warning("expired pictures were not deleted: %s", error)
             await asyncio.sleep(CLEANING_S)
+
+    async def _watch_quality(self) -> None:
+        """Judge candidate and champion by quality until cancelled."""
+        while True:
+            await asyncio.sleep(self.settings.follow_s)
+            try:
+                await self.judge_quality()
+            except Exception as error:  # no failure may end the watch
+                logger.warning("versions were not judged by their quality: %s", error)
+
+    async def judge_quality(self) -> None:
+        """Withdraw or promote the candidate, or take the champion back, if its quality says so."""
+        candidate, champion = self.catalogue.candidate, self.catalogue.champion
+        former = self.catalogue.alias(PREVIOUS)
+        drift = latest_drift(await self.replicas.loads())
+        if candidate:
+            compared = await self._compared(candidate, champion)
+            scores = drift.get((candidate.name, candidate.version))
+            if reason := self.quality.objection(compared, scores):
+                self._take_out(candidate, reason)
+            elif self.quality.is_better(compared):
+                await asyncio.to_thread(promote, self.config, candidate.version)
+                logger.warning(
+                    "%s is promoted: people preferred it in %d of %d comparisons",
+                    label(candidate),
+                    compared.wins,
+                    sum(compared),
+                )
+        # `previous` is the version that the champion has replaced, until the champion is taken back.
+        named = self.catalogue.alias(CHAMPION)
+        if former and named and named.version == champion.version != former.version:
+            compared = await self._compared(champion, former)
+            scores = drift.get((champion.name, champion.version))
+            if reason := self.quality.objection(compared, scores):
+                await asyncio.to_thread(take_back, self.config, champion.version, reason)
+                self.canary.taken_out[label(champion)] = reason
+                logger.warning("%s is taken back: %s", label(champion), reason)
+
+    async def _compared(self, one: RegisteredModel, other: RegisteredModel) -> Compared:
+        return await asyncio.to_thread(self.feedback.compared, one.name, one.version, other.version)
 
     async def _draw_shadow(self, request: RoutedRequest) -> bytes:
         try:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,19 @@ def thread(tiny_model: Path) -> Iterator[EngineThread]:
     thread.start()
     yield thread
     thread.stop()
+
+
+def test_feedback_whose_record_was_deleted_is_told_and_the_rest_is_exported(
+    store: FeedbackStore, arguments: list[str], tmp_path: Path
+) -> None:
+    store.rate(rated(1, None, over=image(2)), "ann")
+    store.rate(rated(3, None, over=image(4)), "ann")
+    store.rate(rated(5, 1), "ann")
+    with sqlite3.connect(tmp_path / "runs" / "feedback.db") as database:
+        database.execute(f"DELETE FROM generations WHERE image_id IN ('{image(2)}', '{image(5)}')")
+    main(["preferences", *arguments])
+    assert [row["chosen"]["seed"] for row in exported(tmp_path)] == [3]
+    assert told(tmp_path)["left_out"]["feedback on a picture whose record was deleted"] == 2
 
 
 def told(tmp_path: Path) -> Any:

@@ -11,7 +11,7 @@ from ray_jobs.registry.models import entries, open_client, tracking_uri
 from ray_jobs.registry.promotion import Measured
 from ray_jobs.registry.registration import register
 from serving.rollout import comparison, main
-from serving.service.rollout import TAKEN_OUT, RolloutStatus, promote, withdraw
+from serving.service.rollout import TAKEN_OUT, RolloutStatus, promote, take_back, withdraw
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +136,34 @@ def test_a_registry_that_is_gone_is_named(rolled: Config, tmp_path: Path) -> Non
     with pytest.raises(ConfigError) as refused:
         entries(gone, ["rolled"])
     assert tracking_uri(gone) in str(refused.value)
+
+
+def test_a_version_from_a_canary_release_becomes_the_candidate_or_is_held_back(
+    rolled: Config, tmp_path: Path
+) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    publish = rolled.publish.model_copy(update={"release": "canary"})
+    config = rolled.model_copy(update={"publish": publish})
+    decisions = []
+    for number, fid in ((11, 30.0), (12, 5.0)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        save_file({"weight": torch.full((2,), float(number))}, folder / "pytorch_lora_weights.safetensors")
+        measured = Measured(fid, None, num_samples=9, feature_network="n", data="9f" * 32)
+        registered = register(config, source=str(folder), measured=measured, params={})
+        decisions.append((registered.message, aliases(rolled), registered.version))
+    held, better = decisions
+    assert held[0].startswith("held back: its test FID 30.00 does not beat") and held[1]["candidate"] == 3
+    assert better[0] == "candidate: its test FID 5.00 beats that of version 1"
+    assert better[1] == {"champion": 1, "candidate": better[2]}
+
+
+def test_only_the_champion_is_taken_back(rolled: Config) -> None:
+    promote(rolled)
+    with pytest.raises(ConfigError, match="version 3 is the champion, not 1"):
+        take_back(rolled, 1, "votes")
+    assert take_back(rolled, 3, "votes") == 1
+    assert aliases(rolled) == {"champion": 1}
+    assert open_client(rolled).get_model_version("rolled", "3").tags[TAKEN_OUT] == "votes"
