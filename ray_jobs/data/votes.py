@@ -37,8 +37,8 @@ def check_votes(config: Config) -> None:
     family = family_in(local_path(config.model.base), revision=config.model.revision)
     if family.text.sees_references:
         raise ConfigError(
-            f"train.preference: {config.model.base} ({family.pipeline_class}) encodes captions with reference "
-            "images, which votes do not have; choose another base"
+            f"train.preference: {config.model.base} ({family.pipeline_class}) encodes captions with "
+            "reference images, which votes do not have; choose another base"
         )
 
 
