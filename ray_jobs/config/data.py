@@ -46,9 +46,9 @@ class SourceConfig(Section):
     )
     reference_columns: Annotated[list[Annotated[str, Field(min_length=1)]], Effect.IMAGES, Added([])] = Field(
         [],
-        description="reference images of each row, for models that edit them: columns as for `image_column`; "
-        "tar: `before` for x.before.png beside x.png; folders with caption files: subfolders with images "
-        "of the same names",
+        description="reference images of each row, for models that edit them: columns as for `image_column`, "
+        "`references[0]` for the first image of a column of lists; tar: `before` for x.before.png beside "
+        "x.png; folders with caption files: subfolders with images of the same names",
     )
     mask_column: Annotated[str | None, Added()] = Field(
         None,

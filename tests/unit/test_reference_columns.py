@@ -96,7 +96,49 @@ def webdataset(folder: Path) -> Source:
     return opened(write_tar(folder / "a.tar", files), reference_columns=["before", "mask"])
 
 
-KINDS = [image_folder, parquet, captions, webdataset]
+OF_LISTS = {"reference_columns": ["references[0]", "references[1]"]}
+
+
+def list_of_names(folder: Path) -> Source:
+    """References of a row in one field."""
+    files: dict[str, bytes | str] = {}
+    for n in range(3):
+        files |= {f"{n}.png": picture(n), f"b/{n}.png": picture(10 + n), f"m/{n}.png": picture(20 + n)}
+    rows: list[dict[str, Any]] = [
+        {"file_name": f"{n}.png", "text": f"do {n}", "references": [f"b/{n}.png", f"m/{n}.png"]}
+        for n in range(3)
+    ]
+    rows[1]["references"].pop()
+    return opened(write(folder, {"metadata.jsonl": lines(rows), **files}), **OF_LISTS)
+
+
+def rows_of_lists() -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = [
+        {"image": picture(n), "text": f"do {n}", "references": [picture(10 + n), picture(20 + n)]}
+        for n in range(3)
+    ]
+    rows[1]["references"].pop()
+    return rows
+
+
+def parquet_lists(folder: Path) -> Source:
+    return opened(write_parquet(folder / "a.parquet", rows_of_lists()), **OF_LISTS)
+
+
+def arrow_lists(folder: Path) -> Source:
+    """As the datasets library writes a list of images."""
+    struct = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    rows = rows_of_lists()
+    for row in rows:
+        row["references"] = [{"bytes": each, "path": None} for each in row["references"]]
+    schema = pa.schema({"image": pa.binary(), "text": pa.string(), "references": pa.large_list(struct)})
+    with pa.OSFile(str(folder / "a.arrow"), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
+        stream.write_table(pa.Table.from_pylist(rows, schema))
+    return opened(folder, **OF_LISTS)
+
+
+LISTS = [list_of_names, parquet_lists, arrow_lists]
+KINDS = [image_folder, parquet, captions, webdataset, *LISTS]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -108,7 +150,24 @@ def test_a_row_has_its_references_or_says_which_is_missing(kind: Any, tmp_path: 
     ]
     assert len(found) == 3 and not found[1].further and not found[1].data
     assert sorted(problems(source).values()) == ["", "", "incomplete"]
-    assert found[1].problem and found[1].problem.detail.startswith("mask: ")
+    missing = "references[1]: " if kind in LISTS else "mask: "
+    assert found[1].problem and found[1].problem.detail.startswith(missing)
+
+
+@pytest.mark.parametrize("kind", LISTS)
+def test_a_list_is_named_element_by_element(kind: Any, tmp_path: Path) -> None:
+    kind(tmp_path)
+    path = next(tmp_path.glob("*.parquet"), tmp_path)
+    with pytest.raises(ConfigError, match=r"'references' is a list; name its elements .*references\[0\]"):
+        samples(opened(path, reference_columns=["references"]))
+    with pytest.raises(ConfigError, match=r"'text' (is string, not a list|must be a list of file names)"):
+        samples(opened(path, reference_columns=["text[0]"]))
+    with pytest.raises(ConfigError, match=r"(no column|no line has a field) 'other"):
+        samples(opened(path, reference_columns=["other[0]"]))
+    if path.is_file():  # such a name of a column comes first
+        rows = [row | {"references[0]": picture(9)} for row in rows_of_lists()]
+        named = opened(write_parquet(tmp_path / "b.parquet", rows), **OF_LISTS)
+        assert samples(named)[0].further == (picture(9), picture(20))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -132,20 +191,12 @@ def test_another_choice_of_references_is_scanned_anew(tmp_path: Path) -> None:
 
 
 def test_a_row_with_another_reference_is_encoded_anew(tmp_path: Path) -> None:
-    config = Config.model_validate(
-        {
-            "name": "x",
-            "data": {"source": "x"},
-            "model": {"base": "x"},
-            "search": {"learning_rates": [1e-4], "ladder": [1]},
-        }
-    )
-    keys = RowKeys(config)
+    kontext, fill = (write_model(f"Flux{name}Pipeline", tmp_path / name) for name in ("Kontext", "Fill"))
+    keys = RowKeys(edits(kontext, sources=[{"path": "x"}]))
     one, other, none = (
         keys.key("a", "text", (8, 8), 0, "train", False, references) for references in (("b",), ("c",), ())
     )
     assert len({one, other, none}) == 3
-    kontext, fill = (write_model(f"Flux{name}Pipeline", tmp_path / name) for name in ("Kontext", "Fill"))
     # Of one picture a reference and a mask store other columns, and so do models with the same encoders.
     kinds = [
         edits(base, sources=[{"path": "x", **column}])

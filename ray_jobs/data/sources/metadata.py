@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from ray_jobs.config import ConfigError, SourceConfig
 from ray_jobs.data.sources.folders import Folder, Row, folder_of_rows
 from ray_jobs.data.sources.listing import Listing
-from ray_jobs.data.sources.samples import legible
+from ray_jobs.data.sources.samples import Element, legible
 from ray_jobs.data.sources.tables import CAPTION_COLUMNS, caption_column
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -97,7 +97,7 @@ def _rows(
         line = f"{where}: line {number}"
         row = _row(line, fields, columns, stratify)
         named = _further(line, fields, config.further_columns)
-        never = [column for column in never if column not in fields]
+        never = [column for column in never if Element.of(column, fields).column not in fields]
         row = row._replace(
             further=named, is_utf8=row.is_utf8 and all(name == legible(name) for name in named)
         )
@@ -171,10 +171,20 @@ def _further(where: str, fields: Fields, columns: Sequence[str]) -> tuple[str, .
     """Return the files of a line's further pictures, "" where one is missing."""
     found = []
     for column in columns:
-        name = fields.get(column)
-        if name is not None and not isinstance(name, str):
-            raise ConfigError(f"{where}: field {column!r} must be a file name, not {name!r}")
-        found.append(name or "")
+        name, place = Element.of(column, fields)
+        value = fields.get(name)
+        if place is not None and value is not None:
+            if not isinstance(value, list):
+                raise ConfigError(f"{where}: field {name!r} must be a list of file names, not {value!r}")
+            value = value[place] if place < len(value) else None
+        if isinstance(value, list):
+            raise ConfigError(
+                f"{where}: field {name!r} is a list; name its elements in the source's reference_columns: "
+                f"{name}[0], {name}[1], ..."
+            )
+        if value is not None and not isinstance(value, str):
+            raise ConfigError(f"{where}: field {column!r} must be a file name, not {value!r}")
+        found.append(value or "")
     return tuple(found)
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ray_jobs.data.sources.captions import AS_WRITTEN, CaptionRules, OptionalCaptions, num_lines
 from ray_jobs.pictures.reading import Rejected
@@ -188,6 +188,26 @@ def left_out(row: int, name: str, reason: str, detail: str) -> Sample:
     """Sample that represents a file that is not a row; `reason` is one of LEFT_OUT."""
     assert reason in LEFT_OUT
     return Sample(row, legible(name), "", b"", "", "instance", Rejected(reason, legible(detail)))
+
+
+ELEMENT = re.compile(r"(.+)\[(\d{1,3})\]")  # of a list in a column: `references[0]`
+
+
+class Element(NamedTuple):
+    """The place of a further picture: a column, or an element of a column of lists, counted from 0."""
+
+    column: str
+    place: int | None
+
+    @staticmethod
+    def of(name: str, columns: Container[str]) -> "Element":
+        """Return the element that a name in `reference_columns` stands for.
+
+        Args:
+            columns: those that there are; a column of the whole name comes first.
+        """
+        found = None if name in columns else ELEMENT.fullmatch(name)
+        return Element(found[1], int(found[2])) if found else Element(name, None)
 
 
 def incomplete(column: str, detail: str) -> Rejected:

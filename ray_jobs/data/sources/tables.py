@@ -9,6 +9,7 @@ from pyarrow import fs
 
 from ray_jobs.config import ConfigError, SourceConfig
 from ray_jobs.data.sources.samples import (
+    Element,
     Piece,
     Sample,
     Source,
@@ -36,10 +37,11 @@ class Columns:
     caption: str | None
     stratify: str | None
     further: tuple[str, ...] = ()
+    places: tuple[Element, ...] = ()  # of `further`
 
     @property
     def names(self) -> list[str]:
-        named = (self.image, self.caption, self.stratify, *self.further)
+        named = (self.image, self.caption, self.stratify, *(each.column for each in self.places))
         return list(dict.fromkeys(name for name in named if name))
 
     @property
@@ -101,17 +103,21 @@ class Table(Source):
                 raise Rejected("missing_file", ONLY_PATH)
             if not data:
                 raise Rejected("empty_file", "the row has no picture")
-            further = tuple(self._further_picture(column, values) for column in self.columns.further)
+            named = zip(self.columns.further, self.columns.places, strict=True)
+            further = tuple(self._further_picture(name, each, values) for name, each in named)
         except Rejected as rejected:
             data, problem = b"", rejected.with_traceback(None)
         stratum_text = (stratum or b"").decode(errors="replace")
         return Sample(row, name, text, data, stratum_text, "instance", problem, further=further)
 
     @staticmethod
-    def _further_picture(column: str, values: pa.RecordBatch) -> bytes:
-        data, path = _picture(values.column(column))
+    def _further_picture(name: str, element: Element, values: pa.RecordBatch) -> bytes:
+        column = values.column(element.column)
+        if element.place is not None:
+            column = column.flatten().slice(element.place, 1)
+        data, path = _picture(column) if len(column) else (b"", None)
         if not data:
-            raise incomplete(column, ONLY_PATH if path else "the row has none")
+            raise incomplete(name, ONLY_PATH if path else "the row has none")
         return data
 
 
@@ -150,6 +156,13 @@ def _is_picture(kind: pa.DataType) -> bool:
         kind = kind.value_type
     has_bytes = pa.types.is_struct(kind) and "bytes" in [field.name for field in kind]
     return _is_binary(kind.field("bytes").type if has_bytes else kind)
+
+
+def _elements(kind: pa.DataType) -> pa.DataType | None:
+    """Return the type of the elements of a column of lists; None if it is none."""
+    types = pa.types
+    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    return kind.value_type if is_list else None
 
 
 def caption_column(names: Collection[str]) -> str:
@@ -192,12 +205,9 @@ def find_columns(
             f"{where}: column {image!r} is {schema.field(image).type}, not binary or a struct with bytes; "
             "correct the source's image_column"
         )
-    for column in further:
-        if _require(where, schema, column, "reference_columns or mask_column") not in pictures:
-            raise ConfigError(
-                f"{where}: column {column!r} is {schema.field(column).type}, not binary or a struct with "
-                "bytes; correct the source's reference_columns or mask_column"
-            )
+    places = tuple(Element.of(name, schema.names) for name in further)
+    for place in places:
+        _require_pictures(where, schema, place)
     caption: str | None = config.caption_column or caption_column(schema.names)
     if optional and config.caption_column is None and caption not in schema.names:
         caption = None
@@ -216,7 +226,29 @@ def find_columns(
                 f"{where}: column {stratify!r} is {kind}, which has no simple values; correct "
                 "data.stratify or data.balance"
             ) from None
-    return Columns(image, caption, stratify, further)
+    return Columns(image, caption, stratify, further, places)
+
+
+def _require_pictures(where: str, schema: pa.Schema, element: Element) -> None:
+    """Raise ConfigError if a column has no further pictures, or is a list where none is meant."""
+    column, place = element
+    kind = schema.field(_require(where, schema, column, "reference_columns or mask_column")).type
+    inner = _elements(kind)
+    if place is None and inner is not None:
+        raise ConfigError(
+            f"{where}: column {column!r} is a list; name its elements in the source's reference_columns: "
+            f"{column}[0], {column}[1], ..."
+        )
+    if place is not None and inner is None:
+        raise ConfigError(
+            f"{where}: column {column!r} is {kind}, not a list; correct the source's reference_columns or "
+            "mask_column"
+        )
+    if not _is_picture(kind if inner is None else inner):
+        raise ConfigError(
+            f"{where}: column {column!r} is {kind}, not binary or a struct with bytes; correct the source's "
+            "reference_columns or mask_column"
+        )
 
 
 def _require(where: str, schema: pa.Schema, column: str, setting: str) -> str:
