@@ -1,6 +1,7 @@
 """What becomes of pictures that resemble each other."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +9,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from cluster.storage import Storage
-from ray_jobs.config import load_config
+from ray_jobs.config import Config, SourceConfig, load_config
 from ray_jobs.data.curation.decisions import connected, decide
 from ray_jobs.data.curation.findings import write_findings
-from ray_jobs.data.curation.scan import SCHEMA, entries, scan_sample
+from ray_jobs.data.curation.scan import SCHEMA, Entry, entries, scan_sample
 from ray_jobs.data.sources.captions import CaptionRules
+from ray_jobs.data.sources.samples import Source
 from tests.unit.test_sources import opened, picture, write
 
 
@@ -48,11 +51,7 @@ def test_rows_of_a_picture_share_its_split_and_files_that_are_no_rows_are_counte
     source = opened(tmp_path / "set", captions=CaptionRules("each", repaired=True))
     found = entries([source], config.data)
     index, dataset = Storage.open(str(tmp_path / "index")), Storage.open(str(tmp_path / "dataset"))
-    for entry in found:
-        rows = [scan_sample(sample, config.data) for sample in source.read(entry.piece)]
-        buffer = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), buffer)
-        index.write_bytes(entry.file, buffer.getvalue())
+    write_index(source, found, config, index)
     decided = decide(config, found, index, dataset)
     kept = decided.reasons == ""
     assert (
@@ -68,3 +67,51 @@ def test_rows_of_a_picture_share_its_split_and_files_that_are_no_rows_are_counte
     write_findings(found, index, decided, dataset)
     written = dataset.read_text("rejected.jsonl")
     assert '"bare.png"' in written and '"linked"' in written and "1 .md, 1 without a suffix" in written
+
+
+def write_index(source: Source, found: Sequence[Entry], config: Config, index: Storage) -> None:
+    for entry in found:
+        rows = [scan_sample(sample, config.data) for sample in source.read(entry.piece)]
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), buffer)
+        index.write_bytes(entry.file, buffer.getvalue())
+
+
+def test_references_are_checked_but_for_what_edits_may_begin_with(tmp_path: Path) -> None:
+    """Dark and blurred ones are kept, also where such pictures are not."""
+    noise = Image.effect_noise((64, 64), 90).convert("RGB")
+    night = noise.point(lambda level: level // 40)  # below 8 everywhere, and not flat
+    before = {
+        "fine": noise,
+        "night": night,
+        "blurred": noise.resize((6, 6)).resize((64, 64)),
+        "small": noise.resize((20, 64)),
+        "long": noise.resize((40, 400)),
+        "flat": Image.new("RGB", (64, 64), "teal"),
+    }
+    folder = tmp_path / "set"
+    (folder / "before").mkdir(parents=True)
+    for name, reference in before.items():
+        noise.save(folder / f"{name}.png")
+        reference.save(folder / "before" / f"{name}.png")
+        (folder / f"{name}.txt").write_text(name)
+    overrides = ["min_sharpness=50", "min_contrast=1", "duplicates=ignore"]
+    config = load_config(Path("configs/demo.yaml"), [f"data.cleaning.{each}" for each in overrides])
+    sources = [SourceConfig(path=str(folder), reference_columns=["before"])]
+    data = config.data.model_copy(update={"sources": sources, "source": None})
+    config = config.model_copy(update={"data": data})
+    source = opened(folder, reference_columns=["before"])
+    found = entries([source], config.data)
+    index, dataset = Storage.open(str(tmp_path / "index")), Storage.open(str(tmp_path / "dataset"))
+    write_index(source, found, config, index)
+    decided = decide(config, found, index, dataset)
+    reasons = dict(zip(sorted(before), decided.reasons.tolist(), strict=True))
+    assert reasons == {
+        "blurred": "",
+        "fine": "",
+        "flat": "near_constant",
+        "long": "extreme_aspect_ratio",
+        "night": "",
+        "small": "too_small",
+    }
+    assert decided.details[sorted(before).index("small")].startswith("reference 1: shorter side 20 is below")

@@ -1,7 +1,9 @@
 """Measures of a picture: size, sharpness, contrast, brightness, perceptual hash and colours."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 from PIL import Image
@@ -139,6 +141,26 @@ def check(measures: ImageStats, config: CleaningConfig) -> None:
         raise Rejected(
             judged.reason, f"{name} {value:.4g} is {side} data.cleaning.{judged.field} {threshold:g}"
         )
+
+
+def check_reference(number: int, measured: Sequence[float], config: CleaningConfig) -> None:
+    """Check a reference picture of a row, by its number: its size, and that it is not flat.
+
+    Dark, bright and blurred ones pass: an edit may begin with them.
+
+    Args:
+        measured: its width, height and contrast.
+
+    Raises:
+        Rejected: `too_small`, `extreme_aspect_ratio` or `near_constant`.
+    """
+    width, height, contrast = measured
+    stats = ImageStats(int(width), int(height), inf, contrast, 0.0, 0.0, 0, b"")
+    try:
+        check_size(stats, config)
+        check(stats, config)
+    except Rejected as fault:
+        raise Rejected(fault.reason, f"reference {number}: {fault.detail}") from None
 
 
 def histogram(name: str, values: np.ndarray) -> np.ndarray:

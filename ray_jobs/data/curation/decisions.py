@@ -15,8 +15,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.storage import Storage
-from ray_jobs.config import CleaningConfig, Config
-from ray_jobs.data.curation.cleaning import QUALITY_CHECKS, ImageStats, check, check_size, histogram
+from ray_jobs.config import CleaningConfig, Config, DataConfig
+from ray_jobs.data.curation.cleaning import (
+    QUALITY_CHECKS,
+    ImageStats,
+    check,
+    check_reference,
+    check_size,
+    histogram,
+)
 from ray_jobs.data.curation.duplicates import Pairs, find_near_pairs
 from ray_jobs.data.curation.scan import Entry, HashPart, read_index
 from ray_jobs.data.curation.splits import Shares, even_folds, fold_of, split_of, stratified_splits
@@ -150,7 +157,7 @@ def decide(config: Config, entries: Sequence[Entry], index: Storage, dataset: St
     """Find duplicates and assign splits and folds."""
     data = config.data
     files = [entry.file for entry in entries]
-    counts, columns, histograms, details, no_pictures = _read_columns(index, files, data.cleaning)
+    counts, columns, histograms, details, no_pictures = _read_columns(index, files, data)
     reasons = columns["reason"]
     of_user = [entry.source < len(data.all_sources) for entry in entries]
     num_own = int(counts[of_user].sum())
@@ -229,7 +236,7 @@ def _mark_duplicates(
 
 
 def _read_columns(
-    index: Storage, files: Sequence[str], cleaning: CleaningConfig
+    index: Storage, files: Sequence[str], config: DataConfig
 ) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray], dict[int, str], Counter[str]]:
     """Read the index.
 
@@ -238,6 +245,7 @@ def _read_columns(
     """
     names = ["digest", "reason", "role", "stratum", "text"]
     no_pictures = Counter[str]()
+    measured = ["references"] if config.num_references else []
     sizes = ["width", "height", *QUALITY_CHECKS]
     counts: list[int] = []
     details: dict[int, str] = {}
@@ -246,12 +254,15 @@ def _read_columns(
         name: [] for name in (*names[:-1], "text_hash", "repaired", "lines")
     }
     histograms = {name: histogram(name, np.empty(0)) for name in QUALITY_CHECKS}
-    for table in read_index(index, files, [*names, *sizes, "detail", "repaired", "lines"]):
+    for table in read_index(index, files, [*names, *sizes, *measured, "detail", "repaired", "lines"]):
         reasons = table["reason"].to_pylist()
         for number in (number for number, reason in enumerate(reasons) if reason == "no_picture"):
             no_pictures += read_suffix_text(table["detail"][number].as_py())
-        for number, values in enumerate(zip(*(table[name].to_pylist() for name in sizes), strict=True)):
-            if not reasons[number] and (fault := _fault(dict(zip(sizes, values, strict=True)), cleaning)):
+        of_rows = zip(*(table[name].to_pylist() for name in (*sizes, *measured)), strict=True)
+        for number, values in enumerate(of_rows):
+            references = values[len(sizes)] if measured else ()
+            own = dict(zip(sizes, values, strict=False))
+            if not reasons[number] and (fault := _fault(own, references or (), config.cleaning)):
                 reasons[number], details[start + number] = fault.reason, fault.detail
         start += len(table)
         counts.append(len(table))
@@ -268,12 +279,20 @@ def _read_columns(
     return np.array(counts), columns, histograms, details, no_pictures
 
 
-def _fault(measured: dict[str, float], cleaning: CleaningConfig) -> Rejected | None:
-    """Return the first fault of a picture's size and measures against the thresholds, or None."""
+def _fault(
+    measured: dict[str, float], references: Sequence[Sequence[float]], cleaning: CleaningConfig
+) -> Rejected | None:
+    """Return the first fault of a picture's size and measures against the thresholds, or None.
+
+    Args:
+        references: of each of its reference pictures, as for `check_reference`.
+    """
     measures = ImageStats(**measured, hash=0, colours=b"")  # type: ignore[arg-type]
     try:
         check_size(measures, cleaning)
         check(measures, cleaning)
+        for number, each in enumerate(references, 1):
+            check_reference(number, each, cleaning)
     except Rejected as fault:
         return fault
     return None

@@ -49,6 +49,7 @@ SCHEMA = pa.schema(
         ("hash", pa.uint64()),
         ("colours", pa.binary(48)),
         ("further", pa.list_(pa.string())),  # digests of the files of references, and last of the mask
+        ("references", pa.list_(pa.list_(pa.float32()))),  # width, height and contrast of each
     ]
 )
 
@@ -66,6 +67,7 @@ def entries(sources: Sequence[Source], config: DataConfig) -> list[Entry]:
     """List all pieces in source order, with the names of their index files."""
     settings = [VERSION, config.cleaning.max_pixels, config.background, config.column]
     settings += ["masks", WHITE] if config.has_masks else []
+    settings += ["measured references"] if config.num_references else []
     scanned = [json.dumps([*settings, vars(source.captions), *source.further_columns]) for source in sources]
     return [
         Entry(
@@ -131,11 +133,15 @@ def scan_sample(sample: Sample, config: DataConfig) -> dict[str, object]:
         row["digest"] = content_digest(sample.data)
         picture = _first_look(sample.data, config)
         row |= vars(measure(picture))
+        references: list[list[float]] = []
         for number, data in enumerate(sample.further, 1):
             is_mask = config.has_masks and number == len(sample.further)
             further = _further("mask" if is_mask else f"reference {number}", data, config)
             if is_mask:
                 _check_mask(further, picture)
+            else:
+                references.append([further.width, further.height, measure(further).contrast])
+        row["references"] = references
         row["further"] = [content_digest(data) for data in sample.further]
     except Rejected as rejected:
         row |= {"reason": rejected.reason, "detail": rejected.detail}
