@@ -96,7 +96,7 @@ def webdataset(folder: Path) -> Source:
     return opened(write_tar(folder / "a.tar", files), reference_columns=["before", "mask"])
 
 
-OF_LISTS = {"reference_columns": ["references[0]", "references[1]"]}
+ELEMENTS = ["references[0]", "references[1]"]
 
 
 def list_of_names(folder: Path) -> Source:
@@ -109,7 +109,7 @@ def list_of_names(folder: Path) -> Source:
         for n in range(3)
     ]
     rows[1]["references"].pop()
-    return opened(write(folder, {"metadata.jsonl": lines(rows), **files}), **OF_LISTS)
+    return opened(write(folder, {"metadata.jsonl": lines(rows), **files}), reference_columns=ELEMENTS)
 
 
 def rows_of_lists() -> list[dict[str, Any]]:
@@ -122,7 +122,7 @@ def rows_of_lists() -> list[dict[str, Any]]:
 
 
 def parquet_lists(folder: Path) -> Source:
-    return opened(write_parquet(folder / "a.parquet", rows_of_lists()), **OF_LISTS)
+    return opened(write_parquet(folder / "a.parquet", rows_of_lists()), reference_columns=ELEMENTS)
 
 
 def arrow_lists(folder: Path) -> Source:
@@ -134,7 +134,7 @@ def arrow_lists(folder: Path) -> Source:
     schema = pa.schema({"image": pa.binary(), "text": pa.string(), "references": pa.large_list(struct)})
     with pa.OSFile(str(folder / "a.arrow"), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
         stream.write_table(pa.Table.from_pylist(rows, schema))
-    return opened(folder, **OF_LISTS)
+    return opened(folder, reference_columns=ELEMENTS)
 
 
 LISTS = [list_of_names, parquet_lists, arrow_lists]
@@ -166,7 +166,7 @@ def test_a_list_is_named_element_by_element(kind: Any, tmp_path: Path) -> None:
         samples(opened(path, reference_columns=["other[0]"]))
     if path.is_file():  # such a name of a column comes first
         rows = [row | {"references[0]": picture(9)} for row in rows_of_lists()]
-        named = opened(write_parquet(tmp_path / "b.parquet", rows), **OF_LISTS)
+        named = opened(write_parquet(tmp_path / "b.parquet", rows), reference_columns=ELEMENTS)
         assert samples(named)[0].further == (picture(9), picture(20))
 
 
