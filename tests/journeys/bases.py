@@ -5,7 +5,7 @@ The published facts are those of the repositories named in each builder. Each bu
 and returns it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -141,43 +141,12 @@ def flux(folder: Path) -> Path:
     return folder
 
 
-def chroma(folder: Path) -> Path:
-    """lodestones/Chroma1-HD: T5 alone, bfloat16."""
-    pipeline = _loaded("ChromaPipeline", folder)
+def half(name: str, folder: Path, sharded: Sequence[str] = ()) -> Path:
+    """One of `tiny_models.MODELS` in bfloat16, as most are published; those in `sharded` in shards."""
+    family, variant = tiny_models.BY_NAME[name]
+    pipeline: Any = family.tiny(tiny_models.captions(), variant)
     pipeline.to(dtype=torch.bfloat16)
-    save(pipeline, folder)
-    return folder
-
-
-def z_image(folder: Path) -> Path:
-    """Tongyi-MAI/Z-Image: bfloat16, transformer in shards."""
-    pipeline = _loaded("ZImagePipeline", folder)
-    pipeline.to(dtype=torch.bfloat16)
-    save(pipeline, folder, sharded=["transformer"])
-    return folder
-
-
-def flux_2_klein(folder: Path) -> Path:
-    """black-forest-labs/FLUX.2-klein-base-4B: bfloat16."""
-    pipeline = _loaded("Flux2KleinPipeline", folder)
-    pipeline.to(dtype=torch.bfloat16)
-    save(pipeline, folder)
-    return folder
-
-
-def qwen_image(folder: Path) -> Path:
-    """Qwen/Qwen-Image: bfloat16, transformer and Qwen2.5-VL in shards."""
-    pipeline = _loaded("QwenImagePipeline", folder)
-    pipeline.to(dtype=torch.bfloat16)
-    save(pipeline, folder, sharded=["transformer", "text_encoder"])
-    return folder
-
-
-def in_shards(name: str, folder: Path) -> Path:
-    """A family in half precision, with its transformer and text encoder in shards, as most are published."""
-    pipeline = _loaded(name, folder)
-    pipeline.to(dtype=torch.bfloat16)
-    save(pipeline, folder, sharded=["transformer", "text_encoder"])
+    save(pipeline, folder, sharded=sharded)
     return folder
 
 
@@ -218,6 +187,7 @@ def _stable_diffusion(sample_size: int | tuple[int, int], **unet: Any) -> Any:
     )
 
 
+SHARDED = ("transformer", "text_encoder")
 BASES: dict[str, Callable[[Path], Path]] = {
     "Stable Diffusion 1.5": stable_diffusion_1,
     "a UNet that is told its guidance": partial(stable_diffusion_1, time_cond_proj_dim=16),
@@ -227,17 +197,21 @@ BASES: dict[str, Callable[[Path], Path]] = {
     "Stable Diffusion XL, only fp16 files": partial(stable_diffusion_xl, variant="fp16"),
     "Stable Diffusion 3": stable_diffusion_3,
     "FLUX.1-dev": flux,
-    "FLUX.1 Fill": partial(in_shards, "FluxFillPipeline"),
-    "Chroma": chroma,
-    "Z-Image": z_image,
-    "FLUX.2 klein": flux_2_klein,
-    "Qwen-Image": qwen_image,
-    "Qwen-Image-Edit": partial(in_shards, "QwenImageEditPlusPipeline"),
-    "FLUX.2 dev": partial(in_shards, "Flux2Pipeline"),
-    "Krea 2": partial(in_shards, "Krea2Pipeline"),
-    "HiDream-I1": partial(in_shards, "HiDreamImagePipeline"),
-    "Sana": partial(in_shards, "SanaPipeline"),
-    "Lumina 2": partial(in_shards, "Lumina2Pipeline"),
-    "AuraFlow": partial(in_shards, "AuraFlowPipeline"),
-    "PixArt-Sigma": partial(in_shards, "PixArtSigmaPipeline"),
+    "FLUX.1-schnell": partial(half, "FluxPipeline-schnell", sharded=SHARDED),
+    "FLUX.1 Fill": partial(half, "FluxFillPipeline", sharded=SHARDED),
+    "FLUX.1 Kontext": partial(half, "FluxKontextPipeline", sharded=SHARDED),
+    "Chroma": partial(half, "ChromaPipeline"),
+    "Z-Image": partial(half, "ZImagePipeline", sharded=["transformer"]),
+    "FLUX.2 klein": partial(half, "Flux2KleinPipeline"),
+    "FLUX.2 dev": partial(half, "Flux2Pipeline", sharded=SHARDED),
+    "FLUX.3 klein": partial(half, "Flux3ModularPipeline", sharded=SHARDED),
+    "Qwen-Image": partial(half, "QwenImagePipeline", sharded=SHARDED),
+    "Qwen-Image-Edit": partial(half, "QwenImageEditPlusPipeline", sharded=SHARDED),
+    "Qwen-Image 2.1": partial(half, "QwenImage21Pipeline", sharded=SHARDED),
+    "Krea 2": partial(half, "Krea2Pipeline", sharded=SHARDED),
+    "HiDream-I1": partial(half, "HiDreamImagePipeline", sharded=SHARDED),
+    "Sana": partial(half, "SanaPipeline", sharded=SHARDED),
+    "Lumina 2": partial(half, "Lumina2Pipeline", sharded=SHARDED),
+    "AuraFlow": partial(half, "AuraFlowPipeline", sharded=SHARDED),
+    "PixArt-Sigma": partial(half, "PixArtSigmaPipeline", sharded=SHARDED),
 }

@@ -49,6 +49,11 @@ def pairs(folder: Path) -> dict[str, Any]:
     return {"path": str(folder), "reference_columns": ["before", "palette"], "mask_column": "mask"}
 
 
+def one_reference(folder: Path) -> dict[str, Any]:
+    """The same pictures, to be coloured from the caption alone."""
+    return {"path": pairs(folder)["path"], "reference_columns": ["before"]}
+
+
 def masked(folder: Path) -> dict[str, Any]:
     """The same pictures, with masks of what is drawn, and without references."""
     found = pairs(folder)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ModularPipeline
 from safetensors.torch import load_file, save_file
 
 # What a UNet's and an autoencoder's configuration held before diffusers 0.8; the rest takes its defaults.
@@ -28,7 +29,8 @@ def save(pipeline: Any, folder: Path, variant: str | None = None, sharded: Seque
     """Write the pipeline; the components in `sharded` as several files with an index."""
     if variant == "fp16":
         pipeline.to(dtype=torch.float16)
-    pipeline.save_pretrained(folder, variant=variant)
+    modular = {"overwrite_modular_index": True} if isinstance(pipeline, ModularPipeline) else {}
+    pipeline.save_pretrained(str(folder), variant=variant, **modular)
     for name in sharded:
         [whole] = (folder / name).glob("*.safetensors")
         whole.unlink()

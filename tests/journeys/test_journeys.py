@@ -17,12 +17,16 @@
 | edits-stream | Qwen-Image-Edit                   | pairs, two references        | lora, `encode: stream` |
 | fill       | FLUX.1 Fill                         | pictures with masks          | lora                   |
 | quantized  | FLUX.1-dev                          | folder of shapes             | lora on an int8 base   |
+| kontext    | FLUX.1 Kontext                      | pairs, one reference         | lora                   |
+| assistant  | FLUX.1-schnell                      | folder of shapes             | lora with an assistant |
+
+`FAMILIES_ALONE` are further families, whose captions, latents and adapters are what differs.
 
 Two trials train at once, with DoRA in one worker group; but with folds each fold has one, and with a stream
 its encoders take the place of the second.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +159,31 @@ JOURNEYS = [
         {"model": {"quantize": "int8"}, "train": {"num_workers": 2, "precision": "bf16"}},
         tolerance=24,
     ),
+    Journey(
+        "kontext",
+        "FLUX.1 Kontext",
+        pictures.one_reference,
+        {"search": {"learning_rates": [0.02]}},
+        trainings=1,
+    ),
+    Journey(
+        "assistant", "FLUX.1-schnell", pictures.folder_of_shapes, {"train": {"batch_size": 2}}, assistant=True
+    ),
+]
+FAMILIES_ALONE: Mapping[str, Mapping[str, Any]] = {
+    "FLUX.2 dev": {"data": {"buckets": True}, "train": {"batch_size": 2}},
+    "FLUX.3 klein": {"data": {"buckets": True}, "train": {"batch_size": 2, "caption_dropout": 0.5}},
+    "Qwen-Image": {"data": {"buckets": True}, "train": {"batch_size": 2}},
+    "Qwen-Image 2.1": {"train": {"batch_size": 2, "gradient_checkpointing": True}},
+    "Sana": {"train": {"method": "full"}, "search": {"learning_rates": [3e-3, 1e-3]}},
+    "Lumina 2": {"data": {"buckets": True}, "train": {"batch_size": 2}},
+    "AuraFlow": {"data": {"encode": "stream"}, "search": {"max_concurrent_trials": 1}},
+    "PixArt-Sigma": {"train": {"batch_size": 2, "lora": {"use_dora": True}}},
+}
+"""Settings of a journey for each base whose family has no other."""
+JOURNEYS += [
+    Journey(base.lower().replace(" ", "-"), base, pictures.folder_of_shapes, settings)
+    for base, settings in FAMILIES_ALONE.items()
 ]
 
 # By tests/ray: test_streaming, test_search, test_dreambooth, which has folds too; Z-Image by the tests of
@@ -172,6 +201,9 @@ WALKED_IN_PARTS = (
     "hidream",
     "fill",
     "quantized",
+    "kontext",
+    "assistant",
+    *(journey.name for journey in JOURNEYS if journey.base in FAMILIES_ALONE),
 )
 
 

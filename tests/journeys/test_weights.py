@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
@@ -23,6 +22,7 @@ from ray_jobs.training.setup import build_model, exporter
 from ray_jobs.weights.loading import LORA_WEIGHTS, load_pipeline
 from serving.engine.engine import Engine
 from serving.request import Request
+from tests.cards import levels, without_torchvision
 from tests.journeys.test_journeys import JOURNEYS
 from tests.journeys.walk import SIDE, Journey, configuration
 from tests.unit.test_assistant import assistant_of
@@ -46,9 +46,9 @@ def plain_picture(config: Config, folder: Path) -> Any:
     base = Path(config.model.base)
     if config.train.method == "lora":
         (folder / base.name).symlink_to(base)
-    with contextlib.chdir(folder):
+    with contextlib.chdir(folder), without_torchvision():
         exec(usage(config, published_base(config), PROMPT, guidance_arguments(config)), {})
-    return np.asarray(Image.open(folder / "picture.png")).astype(int)
+    return levels(folder / "picture.png")
 
 
 def stored(file: Path) -> tuple[dict[str, str], dict[str, bytes]]:

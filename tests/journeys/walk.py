@@ -7,28 +7,27 @@ import contextlib
 import io
 import json
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from cluster.shape import embedded
 from ray_jobs.config import Config
-from ray_jobs.diffusion.families.text_processor import picture_processor
 from ray_jobs.pipeline import pipeline
 from ray_jobs.planning.plan import plan
 from ray_jobs.planning.settled import settled
 from ray_jobs.registry.models import RegisteredModel, registered
 from serving.client import call
 from serving.command import endpoint
-from tests.cards import program
+from tests.cards import levels, program, without_torchvision
 from tests.conftest import captions, draw
 from tests.journeys.bases import BASES
 from tests.tiny_models import clip_model
+from tests.unit.test_assistant import assistant_of
 
 SIDE = 64  # pixels
 
@@ -66,6 +65,7 @@ class Journey:
         pictures: how many there are.
         trainings: folders of checkpoints that its search leaves.
         judged: whether a reward model judges the pictures and ranks.
+        assistant: whether its base has an assistant adapter while it is trained.
         tolerance: of 255 levels, between the endpoint's picture and that of the card's program.
     """
 
@@ -76,18 +76,22 @@ class Journey:
     pictures: int = 24
     trainings: int = 2
     judged: bool = False
+    assistant: bool = False
     tolerance: int = 2
 
 
 def configuration(journey: Journey, folder: Path, storage: Path) -> Config:
     """The configuration of a journey, its base and pictures written into `folder`."""
-    given = {
+    given: dict[str, Any] = {
         "name": journey.name,
         "storage": str(storage),
         "model": {"base": str(BASES[journey.base](folder / "base"))},
         "data": {"sources": [journey.source(folder / "pictures")]},
         "publish": {"model_name": journey.name},
     }
+    if journey.assistant:
+        assistant = assistant_of(Path(given["model"]["base"]), folder / "assistant")
+        given["model"]["assistant"] = str(assistant)
     settings = merged(merged(SETTINGS, journey.settings), given)
     if journey.judged:
         preference = {"model": str(clip_model(folder / "judge", side=28))}
@@ -185,27 +189,12 @@ def plain_picture(card: str, config: Config, version: RegisteredModel) -> Any:
     for name, given in files_of(config).items():
         given.save(folder / f"{name}.png")
     try:
-        with contextlib.chdir(folder), _without_videos():
+        with contextlib.chdir(folder), without_torchvision():
             exec(program(card), {})
-        return np.asarray(Image.open(picture)).astype(int)
+        return levels(picture)
     finally:
         beside.unlink()
         picture.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _without_videos() -> Iterator[None]:
-    """Load Qwen2.5-VL's processor without its part for videos, which would need torchvision."""
-    import transformers
-
-    def load(folder: str, **_: object) -> Any:
-        pictures = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        return picture_processor(transformers.Qwen2VLProcessor, pictures, tokenizer)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformers.Qwen2VLProcessor, "from_pretrained", load)
-        yield
 
 
 def prompt_of(card: str) -> str:
