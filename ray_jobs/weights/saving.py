@@ -178,6 +178,7 @@ def write_adapter(
     }
     told = {f"{name}.{key}": value for name, own in settings.items() for key, value in own.items()}
     metadata = {"lora_adapter_metadata": json.dumps(told, indent=2, sort_keys=True)} if told else {}
+    folder.mkdir(parents=True, exist_ok=True)  # as diffusers' pipelines do
     save_file(tensors, folder / LORA_WEIGHTS, {"format": "pt"} | metadata)
 
 

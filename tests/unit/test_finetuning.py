@@ -93,8 +93,9 @@ def test_saved_adapters_are_loaded_as_they_were_trained(
     pipeline, model = finetuning(base, "lora", text_encoders=text_encoders)
     batch = inputs(pipeline, model)
     steps(model, batch, 3)
-    save_lora(pipeline, model, dict(model.trained()), tmp_path)
-    loaded = load_pipeline(str(base), tmp_path)
+    folder = tmp_path / "run" / "weights"  # neither exists
+    save_lora(pipeline, model, dict(model.trained()), folder)
+    loaded = load_pipeline(str(base), folder)
     family = model.family
     again = FineTuning(loaded, family, model.objective, model.settings, text_encoders_trained=text_encoders)
     with torch.no_grad():
