@@ -47,9 +47,8 @@ def without_torchvision() -> Iterator[None]:
 def levels(file: Path) -> Any:
     """A picture on white, as some pipelines' pictures have an alpha channel: int, height x width x 3."""
     picture = Image.open(file).convert("RGBA")
-    return np.asarray(Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture))[
-        ..., :3
-    ].astype(int)
+    white = Image.new("RGBA", picture.size, "white")
+    return np.asarray(Image.alpha_composite(white, picture))[..., :3].astype(int)
 
 
 def draw(card: str, folder: Path) -> Image.Image:
