@@ -244,6 +244,7 @@ def serving(folder: Path, requests: Sequence[Request], size: str) -> dict[str, A
     plain = plain_diffusers.load(folder)
     with ExitStack() as stack:
         engine = Engine(load_pipeline(str(folder)), max_rows=len(requests))
+        requests = [plain_diffusers.understood(plain, request) for request in requests]
         stack.callback(engine.close)
 
         def ours() -> list[torch.Tensor]:

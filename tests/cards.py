@@ -24,7 +24,7 @@ def program(card: str) -> str:
 
 @contextlib.contextmanager
 def without_torchvision() -> Iterator[None]:
-    """Load processors of Qwen's models for texts, and for texts and pictures, as if torchvision were installed.
+    """Load processors of Qwen's models for texts, or for texts and pictures, as if torchvision were there.
 
     It is needed for the pictures of the first and for the videos of the second.
     """

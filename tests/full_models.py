@@ -235,6 +235,14 @@ PUBLISHED = {
     "FLUX.3 klein": Published(
         "Flux3ModularPipeline", Flux3Transformer2DModel, {}, 5.54, (5 + 5 + 28) * 4, AutoencoderKLFlux2
     ),
+    "FLUX.3 klein, distilled": Published(
+        "Flux3DistilledModularPipeline",
+        Flux3Transformer2DModel,
+        {"flow_map": True},
+        5.55,
+        (5 + 5 + 28) * 4,
+        AutoencoderKLFlux2,
+    ),
     "Qwen-Image": Published(
         "QwenImagePipeline", QwenImageTransformer2DModel, {}, 20.4, 60 * 4, AutoencoderKLQwenImage
     ),

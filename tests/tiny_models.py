@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ray_jobs.data.encoding.encoding import with_masks
-from ray_jobs.diffusion.families import FAMILIES, Conditions, Family, tiny
+from ray_jobs.diffusion.families import FAMILIES, Conditions, Family, family_of, tiny
 from ray_jobs.diffusion.families.family import MASK_PIXELS, MASKED
 from ray_jobs.diffusion.families.tiny import MAX_TOKENS
 
@@ -28,6 +28,11 @@ def write(name: str, folder: Path) -> Path:
     modular = {"overwrite_modular_index": True} if isinstance(pipeline, diffusers.ModularPipeline) else {}
     pipeline.save_pretrained(str(folder), **modular)
     return folder
+
+
+def guidance(pipeline: Any, scale: float) -> float:
+    """A scale of guidance, which is 1 for models that sample without."""
+    return scale if family_of(pipeline).has_guidance(pipeline.config) else 1.0
 
 
 def half_painted(pixels: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ import torch
 
 from ray_jobs.diffusion.families import Captions, Components, Conditions, Family, family_of
 from ray_jobs.diffusion.families.control import CONTROLNET
-from ray_jobs.diffusion.families.family import CONTROL, MASK_PIXELS, MASKED, reference
+from ray_jobs.diffusion.families.family import CONTROL, MASK_PIXELS, MASKED, NEXT_TIMESTEP, reference
 from ray_jobs.diffusion.families.text import LENGTHS, MASK, Pictures
 from ray_jobs.diffusion.memory import Chunks, pictures_at_once
 from ray_jobs.diffusion.objectives import per_row
@@ -136,10 +136,14 @@ def sample_latents(
     conditions = {name: cast(each, dtype) for name, each in conditions.items()}
     draws = bool(generators) and "generator" in signature(scheduler.step).parameters
     options = {"generator": list(generators)} if draws else {}
-    for timestep in scheduler.timesteps:
+    ends = [*scheduler.timesteps[1:], torch.zeros_like(scheduler.timesteps[0])]
+    told_ends = family.takes_next_timestep(model[family.denoiser])
+    for timestep, end in zip(scheduler.timesteps, ends, strict=True):
         inputs = torch.cat([latents, latents]) if guided else latents
         if hasattr(scheduler, "scale_model_input"):
             inputs = scheduler.scale_model_input(inputs, timestep)
+        if told_ends:
+            conditions = conditions | {NEXT_TIMESTEP: end.expand(len(inputs))}
         predicted = family.denoise(model, inputs.to(dtype), timestep.expand(len(inputs)), conditions)
         predicted = predicted.to(latents.dtype)
         if guided:

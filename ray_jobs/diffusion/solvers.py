@@ -48,6 +48,7 @@ class Coefficients(NamedTuple):
     """Coefficients of one step for N rows: the factors of the terms of `advance`, each N x 1 x ..."""
 
     timestep: torch.Tensor
+    next_timestep: torch.Tensor  # 0 in the last step
     input_scale: torch.Tensor  # factor on the latents before they enter the denoiser
     clean_latents: torch.Tensor  # predicted clean latents: factor on the noisy latents
     clean_output: torch.Tensor  # predicted clean latents: factor on the denoiser's output
@@ -63,7 +64,7 @@ class Schedule(NamedTuple):
     """All steps for one step count.
 
     Attributes:
-        table: float32, denoiser calls x 12, on the CPU; columns in the order of `Coefficients`. All solvers
+        table: float32, denoiser calls x 13, on the CPU; columns in the order of `Coefficients`. All solvers
             call the denoiser once per step; PNDM makes one call more.
         noise_scale: factor on standard normal noise in the first latents.
         image_scale: factor on the input image's latents in the first latents; 0 without an input image.
@@ -180,6 +181,8 @@ def tabulate(
             image_scale, noise_scale = _noise_levels(scheduler, first)
         walk = _walk_plms if num_earlier(scheduler) else _walk
         rows = walk(scheduler, scheduler.timesteps[first:])
+        ends = [*(row[0] for row in rows[1:]), 0.0]
+        rows = [[row[0], end, *row[1:]] for row, end in zip(rows, ends, strict=True)]
         table = torch.tensor(rows, dtype=torch.float32)
         if not len(table) or not table.isfinite().all():
             raise ValueError("its coefficients are not finite, or there are none")
@@ -207,12 +210,12 @@ def _noise_levels(scheduler: Scheduler, first: int) -> tuple[float, float]:
 
 
 def _walk(scheduler: Scheduler, timesteps: torch.Tensor) -> list[list[float]]:
-    """Return the table's rows for a scheduler that uses no earlier outputs."""
+    """Return the table's rows, without `next_timestep`, for a scheduler that uses no earlier outputs."""
     return [[*_probe(scheduler, timestep), *[0.0] * (PLMS_OUTPUTS + 1)] for timestep in timesteps]
 
 
 def _walk_plms(scheduler: Scheduler, timesteps: torch.Tensor) -> list[list[float]]:
-    """Return the table's rows for PNDM without Runge-Kutta steps (Liu et al., arXiv 2202.09778, eq. 12).
+    """Return the same for PNDM without Runge-Kutta steps (Liu et al., arXiv 2202.09778, eq. 12).
 
     Its second call repeats the first step with the mean of both outputs.
     """

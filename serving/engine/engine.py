@@ -21,6 +21,7 @@ import torch
 
 from ray_jobs.config.serve import Attention
 from ray_jobs.diffusion.families import family_of
+from ray_jobs.diffusion.families.family import NEXT_TIMESTEP
 from ray_jobs.diffusion.memory import Chunks, device_broken
 from ray_jobs.diffusion.precision import dtype_of
 from ray_jobs.diffusion.protocols import Denoiser, Pipeline
@@ -101,6 +102,7 @@ class Engine:
         self.model = self.family.model(pipeline)
         self.denoiser: Denoiser = self.model[self.family.denoiser]
         self.guidance_embedded = self.family.guidance_embedded(self.denoiser)
+        self.told_ends = self.family.takes_next_timestep(self.denoiser)
         self.clip, self.num_earlier = clip_range(pipeline.scheduler), num_earlier(pipeline.scheduler)
         self.deep = DeepCache(self.denoiser) if cache_features else None
         parts = self.family.adaptable(pipeline)
@@ -324,8 +326,12 @@ class Engine:
         latents = torch.stack([row.latents for row in rows])
         step = coefficients([(row.schedule, row.done) for row in rows], self.device, latents.dim() - 1)
         clean = torch.stack([row.clean for row in rows])
+        ends = step.next_timestep.flatten() if self.told_ends else None
         output = self._predict(
-            batch, batch.twice(latents * step.input_scale), batch.twice(step.timestep.flatten())
+            batch,
+            batch.twice(latents * step.input_scale),
+            batch.twice(step.timestep.flatten()),
+            None if ends is None else batch.twice(ends),
         )
         earlier = torch.stack([row.earlier for row in rows]) if self.num_earlier else None
         guided = batch.guide(output.float())
@@ -336,10 +342,16 @@ class Engine:
                 row.earlier = earlier[i]
         self.scheduler.stepped(rows)
 
-    def _predict(self, batch: Batch, inputs: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return the denoiser's output for N + G rows of one kind; keep deep features for the next step."""
+    def _predict(
+        self, batch: Batch, inputs: torch.Tensor, timesteps: torch.Tensor, ends: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the denoiser's output for N + G rows of one kind; keep deep features for the next step.
+
+        Args:
+            ends: timesteps at which the rows' steps end, for flow maps.
+        """
         inputs = inputs.to(dtype_of(self.denoiser))
-        work = partial(self.workers.apart, partial(self._pass, batch, inputs, timesteps), len(inputs))
+        work = partial(self.workers.apart, partial(self._pass, batch, inputs, timesteps, ends), len(inputs))
         with attention_kernel(self.attention):  # applies to all threads
             if self.deep is None:
                 return work()
@@ -350,8 +362,16 @@ class Engine:
             row.deep = deep
         return output
 
-    def _pass(self, batch: Batch, inputs: torch.Tensor, timesteps: torch.Tensor, part: slice) -> torch.Tensor:
+    def _pass(
+        self,
+        batch: Batch,
+        inputs: torch.Tensor,
+        timesteps: torch.Tensor,
+        ends: torch.Tensor | None,
+        part: slice,
+    ) -> torch.Tensor:
         """Return the denoiser's output for a slice of a batch's rows."""
         share = batch.share(part)
+        conditions = share.conditions if ends is None else share.conditions | {NEXT_TIMESTEP: ends[part]}
         with self.low_rank.applied(share.stacks):
-            return self.family.denoise(self.model, inputs[part], timesteps[part], share.conditions)
+            return self.family.denoise(self.model, inputs[part], timesteps[part], conditions)

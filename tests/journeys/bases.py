@@ -205,6 +205,7 @@ BASES: dict[str, Callable[[Path], Path]] = {
     "FLUX.2 klein": partial(half, "Flux2KleinPipeline"),
     "FLUX.2 dev": partial(half, "Flux2Pipeline", sharded=SHARDED),
     "FLUX.3 klein": partial(half, "Flux3ModularPipeline", sharded=SHARDED),
+    "FLUX.3 klein, distilled": partial(half, "Flux3DistilledModularPipeline", sharded=SHARDED),
     "Qwen-Image": partial(half, "QwenImagePipeline", sharded=SHARDED),
     "Qwen-Image-Edit": partial(half, "QwenImageEditPlusPipeline", sharded=SHARDED),
     "Qwen-Image 2.1": partial(half, "QwenImage21Pipeline", sharded=SHARDED),

@@ -26,6 +26,7 @@ def test_the_engine_draws_what_plain_diffusers_draws(base: tuple[str, Path]) -> 
         Request("a small red circle", seed=5, steps=4, guidance_scale=3.0, height=64, width=96),
         Request("", seed=6, steps=5, guidance_scale=1.0, height=64, width=64),
     ]
+    requests = [plain_diffusers.understood(plain, request) for request in requests]
     futures = [engine.submit(request) for request in requests]
     while engine.unfinished:
         engine.step()

@@ -174,6 +174,7 @@ FAST = {"search": {"learning_rates": [0.4, 0.2]}}  # else two steps would not ch
 FAMILIES_ALONE: Mapping[str, Mapping[str, Any]] = {
     "FLUX.2 dev": {"data": {"buckets": True}, "train": {"batch_size": 2}},
     "FLUX.3 klein": {"data": {"buckets": True}, "train": {"batch_size": 2, "caption_dropout": 0.5}} | FAST,
+    "FLUX.3 klein, distilled": {"train": {"batch_size": 2}, "evaluate": {"guidance_scale": 1.0}} | FAST,
     "Qwen-Image": {"data": {"buckets": True}, "train": {"batch_size": 2}} | FAST,
     "Qwen-Image 2.1": {"train": {"batch_size": 2, "gradient_checkpointing": True}} | FAST,
     "Sana": {"train": {"method": "full"}, "search": {"learning_rates": [3e-3, 1e-3]}},
@@ -183,7 +184,7 @@ FAMILIES_ALONE: Mapping[str, Mapping[str, Any]] = {
 }
 """Settings of a journey for each base whose family has no other."""
 JOURNEYS += [
-    Journey(base.lower().replace(" ", "-"), base, pictures.folder_of_shapes, settings)
+    Journey(base.lower().replace(",", "").replace(" ", "-"), base, pictures.folder_of_shapes, settings)
     for base, settings in FAMILIES_ALONE.items()
 ]
 

@@ -1,6 +1,7 @@
 """What a request is measured against: the model's own pipeline in diffusers, drawing it alone."""
 
 from copy import deepcopy
+from dataclasses import replace
 from functools import partialmethod
 from inspect import signature
 from pathlib import Path
@@ -15,6 +16,7 @@ from ray_jobs.diffusion.families import family_of
 from ray_jobs.diffusion.families.text_processor import picture_processor, text_processor
 from ray_jobs.diffusion.sampling import encode_prompts, seeded
 from serving.request import Request
+from tests.tiny_models import guidance
 
 
 def load(folder: Path, variant: str | None = None) -> Any:
@@ -141,9 +143,11 @@ class _OfLists:
         output_type: str = "pt",
         **options: Any,
     ) -> Any:
-        guider = diffusers.ClassifierFreeGuidance(guidance_scale=guidance_scale)
         pipeline: Any = self
-        pipeline.update_components(guider=guider)
+        guided = "guider" in pipeline.components
+        if guided:
+            guider = diffusers.ClassifierFreeGuidance(guidance_scale=guidance_scale)
+            pipeline.update_components(guider=guider)
         prompts = [prompt] if isinstance(prompt, str) else prompt
         negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
         wanted = "latents" if output_type == "latent" else "images"
@@ -151,9 +155,20 @@ class _OfLists:
         for row, texts in enumerate(zip(prompts, negatives, strict=True)):
             own = {} if latents is None else {"latents": latents[row, None]}
             inputs = dict(zip(("prompt", "negative_prompt"), texts, strict=True)) | own | options
+            if not guided:
+                del inputs["negative_prompt"]
             call = diffusers.ModularPipeline.__call__
             found.append(call(pipeline, output=wanted, output_type="pt", **inputs))
         return SimpleNamespace(images=torch.cat(found))
+
+
+def understood(pipeline: Any, request: Request) -> Request:
+    """The request without guidance, or without its negative prompt, where the model takes none."""
+    family = family_of(pipeline)
+    scale = guidance(pipeline, request.guidance_scale)
+    if scale == 1 or family.guidance_embedded(getattr(pipeline, family.denoiser)):
+        return replace(request, guidance_scale=scale, negative_prompt=None)
+    return request
 
 
 def attentive(pipeline: Any) -> Any:

@@ -1,6 +1,7 @@
 """Rows of different adapters share a batch, and each is the picture of diffusers with that adapter alone."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +110,10 @@ def test_every_family_mixes_adapters_of_its_denoiser_and_text_encoders(
     for seed, name in enumerate(names):
         write_adapter(folder, tmp_path / name, seed, **VARIANTS[name])
     engine = Engine(load_pipeline(str(folder)), adapter_folder=lambda name: tmp_path / name)
-    requests = [
-        Request("a small red circle", 5, 2, 3.0, height=64, width=64, adapter=name) for name in [*names, None]
-    ]
+    asked = plain_diffusers.understood(
+        engine.pipeline, Request("a small red circle", 5, 2, 3.0, None, 64, 64)
+    )
+    requests = [replace(asked, adapter=name) for name in [*names, None]]
     futures = [engine.submit(request) for request in requests]
     engine.drain()
     for request, future in zip(requests, futures, strict=True):

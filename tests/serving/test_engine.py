@@ -81,9 +81,7 @@ def test_every_row_of_a_changing_batch_is_the_picture_of_plain_diffusers(
     plain = with_scheduler(plain_diffusers.load(folder), scheduler, **options)
     pipeline = with_scheduler(load_pipeline(str(folder)), scheduler, **options)
     engine = Engine(pipeline, max_rows=4, num_cores=num_cores)
-    requests = [
-        (call, replace(r, negative_prompt=None) if engine.guidance_embedded else r) for call, r in MIXED
-    ]
+    requests = [(call, plain_diffusers.understood(pipeline, request)) for call, request in MIXED]
     if plain.scheduler.config.get("shift_terminal"):  # one step would be the first and the last, 0 / 0
         requests = [(call, replace(request, steps=max(request.steps, 2))) for call, request in requests]
     futures: list[Future[Drawing]] = []

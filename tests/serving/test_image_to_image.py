@@ -33,7 +33,13 @@ def picture(height: int, width: int, number: int = 0) -> torch.Tensor:
 
 
 # Above with its schedulers; diffusers has no such pipeline for FLUX.2 and 3.
-NOT_COMPARED = ("StableDiffusionPipeline", "Flux2KleinPipeline", "Flux2Pipeline", "Flux3ModularPipeline")
+NOT_COMPARED = (
+    "StableDiffusionPipeline",
+    "Flux2KleinPipeline",
+    "Flux2Pipeline",
+    "Flux3ModularPipeline",
+    "Flux3DistilledModularPipeline",
+)
 SQUARE, WIDE = (64, 64), (32, 64)
 MIXED = [
     Request("a small red circle", 0, 5, 3.0, None, *SQUARE, image=picture(*SQUARE), strength=0.5),
@@ -66,9 +72,7 @@ def test_a_row_that_begins_with_a_picture_is_that_of_plain_diffusers_in_any_batc
     options = OF_STABLE_DIFFUSION_1_5 if scheduler == "PNDMScheduler" else options
     plain = with_scheduler(plain_diffusers.load(folder), scheduler, **options)
     engine = Engine(with_scheduler(load_pipeline(str(folder)), scheduler, **options), max_rows=8)
-    requests = [
-        replace(request, negative_prompt=None) if engine.guidance_embedded else request for request in MIXED
-    ]
+    requests = [plain_diffusers.understood(plain, request) for request in MIXED]
     futures = [engine.submit(request) for request in requests]
     engine.drain()
     alone = engine.submit(requests[0])

@@ -18,6 +18,7 @@ from serving.engine.adapters import read_adapter
 from serving.engine.engine import Engine
 from serving.engine.optimizations import prepare
 from serving.request import Request, alone
+from tests.serving import plain_diffusers
 from tests.serving.plain_diffusers import draw, load
 from tests.serving.test_adapters import VARIANTS, parts_of, write_adapter
 from tests.tiny_models import FAMILY_MODELS
@@ -53,7 +54,7 @@ def drawn(pipeline: Any, *requests: Request, **options: Any) -> list[torch.Tenso
     for name in dict.fromkeys(request.adapter for request in requests if request.adapter):
         assert engine.adapters is not None
         assert engine.adapters.get(alone(name)) or engine.adapters._loading[alone(name)].result(60)
-    futures = [engine.submit(request) for request in requests]
+    futures = [engine.submit(plain_diffusers.understood(pipeline, request)) for request in requests]
     engine.drain()
     return [future.result(0).pixels.float() for future in futures]
 

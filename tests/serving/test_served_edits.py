@@ -81,8 +81,7 @@ def test_every_edit_in_a_changing_batch_is_that_of_the_plain_pipeline(
     pipeline = plain_diffusers.attentive(load_pipeline(str(folder)))
     engine = Engine(pipeline, max_rows=6, num_cores=2, adapter_folder=lambda _: adapter)
     requests = [each for each in MIXED if len(each[1].references) <= family.max_references]
-    if engine.guidance_embedded:
-        requests = [(call, replace(request, negative_prompt=None)) for call, request in requests]
+    requests = [(call, plain_diffusers.understood(pipeline, request)) for call, request in requests]
     futures: list[Future[Drawing]] = []
     for call in range(4):
         futures += [engine.submit(request) for when, request in requests if when == call]

@@ -13,6 +13,7 @@ import torch
 
 from ray_jobs.diffusion.families import FAMILIES, Conditions, family_of
 from ray_jobs.diffusion.families.codec import per_channel
+from ray_jobs.diffusion.families.family import NEXT_TIMESTEP
 from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
 from ray_jobs.diffusion.finetuning import FineTuning, add_lora
 from ray_jobs.diffusion.objectives import Diffusion, Draws, FlowMatching, LossSettings
@@ -29,7 +30,7 @@ from ray_jobs.diffusion.sampling import (
 from ray_jobs.weights.loading import LORA_WEIGHTS, load_pipeline
 from ray_jobs.weights.saving import write_adapter
 from tests.serving import plain_diffusers
-from tests.tiny_models import BY_NAME, MODELS
+from tests.tiny_models import BY_NAME, MODELS, guidance
 
 PIPELINE = re.compile(r'pipeline_class = "(\w+)"')
 PROMPTS = ["a small red circle", "a big blue cross"]
@@ -81,7 +82,7 @@ def encoded_by_diffusers(pipeline: Any) -> dict[str, torch.Tensor]:
         return {"prompt_embeds": t5, "pooled_prompt_embeds": pooled, "llama_embeds": llama.transpose(0, 1)}
     if kind in ("Flux2KleinPipeline", "Flux2Pipeline"):
         return {"prompt_embeds": pipeline.encode_prompt(PROMPTS)[0]}
-    if kind == "Flux3ModularPipeline":
+    if kind in ("Flux3ModularPipeline", "Flux3DistilledModularPipeline"):
         block = pipeline.blocks.sub_blocks["text_encoder"].init_pipeline()
         block.update_components(text_encoder=pipeline.text_encoder, tokenizer=pipeline.tokenizer)
         return _padded([block(prompt=prompt, output="prompt_embeds")[0] for prompt in PROMPTS], 640)
@@ -153,7 +154,7 @@ def test_a_picture_is_that_of_the_plain_pipeline(folder: Path, guidance_scale: f
         encode_prompts(pipeline, PROMPTS) | given(pipeline),
         None if embedded else encode_prompts(pipeline, [""], negative=True),
         num_steps=4,
-        guidance_scale=guidance_scale,
+        guidance_scale=guidance(pipeline, guidance_scale),
     )
     plain_diffusers.keep_size(theirs, HEIGHT, WIDTH)
     options: dict[str, Any] = {"num_inference_steps": 4, "height": HEIGHT, "width": WIDTH}
@@ -222,6 +223,8 @@ def test_the_loss_is_that_of_the_pipelines_own_pieces(tiny: Callable[[str], Path
     position = sigma / (objective.shift - (objective.shift - 1) * sigma)
     draws = Draws(position.float().expand(2), drawn)
     conditions = encode_prompts(pipeline, PROMPTS) | given(pipeline)
+    if family.takes_next_timestep(getattr(pipeline, family.denoiser)):
+        conditions[NEXT_TIMESTEP] = steps[3][1].expand(2)
     with torch.no_grad():
         loss = model(of_steps(theirs, clean, drawn.shape), conditions, draws)
     assert torch.allclose(loss, expected, rtol=1e-4)

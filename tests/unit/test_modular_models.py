@@ -26,6 +26,7 @@ from tests.cards import without_torchvision
 from tests.serving import plain_diffusers
 
 NAME = "Flux3ModularPipeline"
+DISTILLED = "Flux3DistilledModularPipeline"
 PARTS = {"text_encoder", "tokenizer", "transformer", "vae"}
 LONG = "a small red circle " * 50
 
@@ -84,8 +85,8 @@ def test_a_component_in_another_repository_is_named(base: Path) -> None:
     [
         ({"_blocks_class_name": "QwenImageAutoBlocks"}, r"its blocks are of QwenImageModularPipeline"),
         (
-            {"_class_name": "Flux3DistilledModularPipeline"},
-            r"is not supported.*the nearest is Flux3ModularPipeline",
+            {"_class_name": "Flux4ModularPipeline"},
+            r"is not supported.*the nearest is FluxPipeline",
         ),
     ],
 )
@@ -116,11 +117,39 @@ def test_the_scheduler_is_the_blocks_unless_the_index_has_one(base: Path) -> Non
     assert schedulers() == [2.0, 2.0]
 
 
-def test_a_flow_map_is_refused_before_anything_starts(base: Path) -> None:
+@pytest.mark.parametrize(("name", "error"), [(NAME, "is a flow map"), (DISTILLED, "is no flow map")])
+def test_a_transformer_of_the_other_kind_is_refused_before_anything_starts(
+    tiny: Callable[[str], Path], tmp_path: Path, name: str, error: str
+) -> None:
+    base = Path(shutil.copytree(tiny(name), tmp_path / "base"))
     path = base / "transformer" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"flow_map": True}))
-    with pytest.raises(ConfigError, match=r"model\.base: its transformer is a flow map.*Give the base model"):
-        check_stages(config_of(base))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"flow_map": name == NAME}))
+    with pytest.raises(ConfigError, match=rf"model\.base: its transformer {error}.*{name}.*distilled"):
+        check_stages(config_of(base, evaluate={"guidance_scale": 1.0}))
+
+
+def test_a_flow_map_is_trained_on_steps_without_length(tiny: Callable[[str], Path]) -> None:
+    pipeline, theirs = load_pipeline(str(tiny(DISTILLED))), plain_diffusers.load(tiny(DISTILLED))
+    conditions, latents = encode_prompts(pipeline, ["red"]), torch.randn(1, 16, 4, 4)
+
+    def predicted(**more: torch.Tensor) -> torch.Tensor:
+        told = torch.tensor([900.0])
+        return FAMILIES[DISTILLED].denoise(
+            {"transformer": pipeline.transformer}, latents, told, conditions | more
+        )
+
+    with torch.no_grad():
+        expected = theirs.transformer(
+            latents.flatten(2).transpose(1, 2),
+            encoder_hidden_states=conditions["prompt_embeds"][:, : flux_3.WINDOW],
+            timestep=torch.tensor([0.9]),
+            target_timestep=torch.tensor([0.9]),
+            img_ids=flux_3.positions(0, 4, 4, 0, device=latents.device) * flux_3.IMAGE_SCALE,
+            txt_ids=flux_3.positions(0, 0, 0, flux_3.WINDOW, device=latents.device).float(),
+        )[0]
+        assert torch.allclose(predicted().flatten(2).transpose(1, 2), expected, atol=1e-5)
+        longer = predicted(next_timestep=torch.tensor([500.0]))
+    assert (predicted() - longer).abs().max() > 1e-3
 
 
 def finetuning(pipeline: Any) -> FineTuning:

@@ -17,7 +17,7 @@ from ray_jobs.diffusion.sampling import sample_pictures
 from ray_jobs.training.setup import build_model
 from ray_jobs.weights.encoders import Encoders
 from ray_jobs.weights.loading import load_pipeline
-from tests.tiny_models import FAMILY_MODELS
+from tests.tiny_models import FAMILY_MODELS, guidance
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 LIMIT = 8.0
@@ -99,13 +99,14 @@ def test_only_the_denoiser_is_fp16(tiny_model: Path) -> None:
 @pytest.mark.parametrize("model", FAMILY_MODELS)
 def test_bf16_draws_nearly_the_same_pictures(tiny: Callable[[str], Path], model: str) -> None:
     def drawn(dtype: torch.dtype) -> torch.Tensor:
+        pipeline = load_pipeline(str(tiny(model)), dtype=dtype)
         [pictures] = sample_pictures(
-            load_pipeline(str(tiny(model)), dtype=dtype),
+            pipeline,
             ["a small red circle", "a blue cross"],
             [1, 2],
             shapes=[(64, 64)] * 2,
             num_steps=4,
-            guidance_scale=2.0,
+            guidance_scale=guidance(pipeline, 2.0),
             batch_size=2,
         )
         return pictures.float()

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from ray_jobs.data.encoding.encoding import with_masks
 from ray_jobs.diffusion.families import FAMILIES, family_of
-from ray_jobs.diffusion.families.family import reference
+from ray_jobs.diffusion.families.family import NEXT_TIMESTEP, reference
 from ray_jobs.diffusion.finetuning import FineTuning
 from ray_jobs.diffusion.objectives import Draws, FlowMatching, LossSettings
 from ray_jobs.diffusion.sampling import (
@@ -29,7 +29,7 @@ from ray_jobs.diffusion.sampling import (
 )
 from ray_jobs.weights.loading import load_pipeline
 from tests.serving import plain_diffusers
-from tests.tiny_models import BY_NAME, MODELS
+from tests.tiny_models import BY_NAME, MODELS, guidance
 from tests.unit.test_families import in_steps, of_steps
 
 EDITORS = [name for name in MODELS if BY_NAME[name][0].max_references]
@@ -64,7 +64,7 @@ def drawn(pipeline: Any, references: list[torch.Tensor], guidance_scale: float =
         | looked_at,
         null_captions(pipeline, pictures=shown),
         num_steps=3,
-        guidance_scale=guidance_scale,
+        guidance_scale=guidance(pipeline, guidance_scale),
     )
     return latents
 
@@ -73,7 +73,7 @@ def test_families_that_edit_are_these() -> None:
     editors = {name for name, family in FAMILIES.items() if family.max_references}
     assert editors == {
         *("FluxKontextPipeline", "Flux2Pipeline", "Flux2KleinPipeline", "Flux3ModularPipeline"),
-        "QwenImageEditPlusPipeline",
+        *("Flux3DistilledModularPipeline", "QwenImageEditPlusPipeline"),
     }
 
 
@@ -135,6 +135,8 @@ def test_the_loss_with_a_reference_is_that_of_the_pipelines_own_pieces(
     model = FineTuning(pipeline, family, objective, LossSettings(timestep_sampling="uniform"))
     draws = Draws(sigma / (objective.shift - (objective.shift - 1) * sigma), drawn)
     sizes = whole_pictures(family, 1, HEIGHT, WIDTH)
+    if family.takes_next_timestep(getattr(pipeline, family.denoiser)):
+        sizes[NEXT_TIMESTEP] = steps[3][1].reshape(1)
     captions = encode_prompts(pipeline, [PROMPT]) | sizes
     latents = of_steps(theirs, clean, drawn.shape)
     with torch.no_grad():

@@ -11,7 +11,7 @@ from ray_jobs.diffusion.sampling import Prompts, decode_latents, encode_pictures
 from ray_jobs.weights.loading import load_pipeline
 from serving.request import Request
 from tests.serving import plain_diffusers
-from tests.tiny_models import FAMILY_MODELS
+from tests.tiny_models import FAMILY_MODELS, guidance
 
 TOLERANCE = 0.55  # of a pixel's 255 levels: half of one is rounding
 STATISTICS = {
@@ -44,19 +44,21 @@ def test_pictures_of_several_shapes_are_those_of_plain_diffusers(
     """Of Stable Diffusion XL the denoiser is told the size of each."""
     folder = tiny(model)
     shapes, plain = [(64, 64), (32, 96), (32, 96), (96, 32), (64, 64)], plain_diffusers.load(folder)
+    pipeline = load_pipeline(str(folder))
+    scale = guidance(pipeline, 2.0)
     batches = sample_pictures(
-        load_pipeline(str(folder)),
+        pipeline,
         [f"a small red circle {number}" for number in range(5)],
         range(5),
         shapes=shapes,
         num_steps=2,
-        guidance_scale=2.0,
+        guidance_scale=scale,
         batch_size=2,
     )
     pictures = [picture.permute(1, 2, 0) for batch in batches for picture in batch]
     assert [tuple(picture.shape[:2]) for picture in pictures] == shapes
     for number, (height, width) in enumerate(shapes):
-        asked = Request(f"a small red circle {number}", number, 2, 2.0, None, height, width)
+        asked = Request(f"a small red circle {number}", number, 2, scale, None, height, width)
         assert (pictures[number] - plain_diffusers.draw(plain, asked)).abs().max() <= TOLERANCE
 
 

@@ -22,13 +22,16 @@ Conditions = dict[str, torch.Tensor]
 These are the columns of `Text.embeds`, the family's `picture_conditions`, and `guidance` (float32, N) for
 denoisers that take the guidance scale as an input. Reference pictures are `reference_0`, `reference_1`, ...:
 their latents, N x C x ..., clean, as `Codec.normalised` returns them; see `references_of`. Of families that
-paint masks there are `MASKED` and `MASK_PIXELS`. A ControlNet looks at `CONTROL`, if it is there.
+paint masks there are `MASKED` and `MASK_PIXELS`, and for flow maps `NEXT_TIMESTEP` while they sample. A
+ControlNet looks at `CONTROL`, if it is there.
 """
 CONTROL = "control"
 """What a ControlNet looks at, N x ..., as `Control.form` says: pixels of 0 to 1, N x 3 x height x width, or
 latents, N x C x ..., as `Codec.normalised` returns them."""
 CONTROL_SCALE = "control_scale"
 """How much a ControlNet's output counts in each row: float32, N; where it is missing, 1."""
+NEXT_TIMESTEP = "next_timestep"
+"""The timesteps at which each row's step ends: float32, N, 0 for the last step."""
 MASKED = "masked"
 """Latents of the pictures without what is to be painted, N x C x ..., as from `Codec.sample`."""
 MASK_PIXELS = "mask_pixels"
@@ -225,6 +228,13 @@ class Family(ABC):
         """Return whether the denoiser takes guidance as an input (Meng et al., arXiv 2210.03142).
 
         It then needs one pass per step instead of two.
+        """
+        return False
+
+    def takes_next_timestep(self, denoiser: Denoiser) -> bool:
+        """Return whether the denoiser is a flow map, which takes `NEXT_TIMESTEP` as an input.
+
+        Flow maps predict the mean velocity from one timestep to another (Boffi et al., arXiv 2406.07507).
         """
         return False
 

@@ -1,8 +1,7 @@
 """FLUX.3 Image Klein of Black Forest Labs (https://huggingface.co/black-forest-labs), from text to image,
 and with reference pictures.
 
-diffusers has only a modular pipeline for it. Its distilled checkpoints are flow maps, which are told where
-each step ends; they are not supported.
+diffusers has only a modular pipeline for it. Its distilled checkpoints (`flux_3_distilled.py`) have another.
 """
 
 from collections.abc import Sequence
@@ -13,7 +12,14 @@ import torch
 from torch import nn
 
 from ray_jobs.diffusion.families import tiny
-from ray_jobs.diffusion.families.family import UNET_ATTENTION, Components, Conditions, Family, references_of
+from ray_jobs.diffusion.families.family import (
+    NEXT_TIMESTEP,
+    UNET_ATTENTION,
+    Components,
+    Conditions,
+    Family,
+    references_of,
+)
 from ray_jobs.diffusion.families.flux_2 import Flux2Codec, positions, tiny_autoencoder
 from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
 from ray_jobs.diffusion.families.text import (
@@ -92,16 +98,21 @@ class Flux3Klein(Family):
     schedule = RectifiedFlow(max_shift=1.15, patch=1, even_sigmas=True)
     native = (1024, 1024)
     max_references = 10
+    blocks = "Flux3AutoBlocks"
+    """Class of the pipeline's blocks."""
+    flow_map = False
+    """Whether the transformer takes `NEXT_TIMESTEP` (`flow_map` in its configuration)."""
 
     def loaded(self, pipeline: Pipeline) -> None:
         """Let captions of several windows share a call."""
         transformer = pipeline.transformer
         if transformer is None:
             return
-        if transformer.config.flow_map:
+        if transformer.config.flow_map != self.flow_map:
+            has, needs = ("a", "none") if transformer.config.flow_map else ("no", "one")
             raise ValueError(
-                "model.base: its transformer is a flow map (flow_map), as that of FLUX.3's distilled "
-                "checkpoints, which is told where each step ends; that is not supported. Give the base model"
+                f"model.base: its transformer is {has} flow map (flow_map), and {self.pipeline_class}, which "
+                f"its index names, needs {needs}; only FLUX.3's distilled checkpoints are flow maps"
             )
         transformer.forward = partial(_forward, transformer)
         for block in _blocks(transformer):
@@ -137,11 +148,15 @@ class Flux3Klein(Family):
             reference_ids=torch.cat([_places(each, -n) for n, each in enumerate(references, start=1)])
             if references
             else None,
+            # Without one, as in training, the step has no length: the velocity, as of other flows.
+            target_timestep=(conditions.get(NEXT_TIMESTEP, timesteps) / 1000).to(latents.dtype)
+            if model["transformer"].config.flow_map
+            else None,
         )[0]
         return predicted.transpose(1, 2).unflatten(2, grid)
 
     def tiny(self, captions: Sequence[str], variant: str = "") -> Pipeline:
-        from diffusers import Flux3AutoBlocks, Flux3Transformer2DModel
+        import diffusers
         from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
         torch.manual_seed(0)
@@ -149,7 +164,7 @@ class Flux3Klein(Family):
         options = tiny.qwen_vl_options(
             tokenizer, LAYERS[-1] + 1, 5e6, num_position_embeddings=16, deepstack_visual_indexes=[0]
         )
-        transformer = Flux3Transformer2DModel(
+        transformer = diffusers.Flux3Transformer2DModel(
             in_channels=16,
             cond_in_channels=16,
             num_layers=1,
@@ -159,8 +174,9 @@ class Flux3Klein(Family):
             joint_attention_dim=len(LAYERS) * tiny.QWEN_WIDTH,
             timestep_channels=32,
             axes_dims_rope=(4, 4, 4, 4),
+            flow_map=self.flow_map,
         )
-        blocks = Flux3AutoBlocks()
+        blocks = getattr(diffusers, self.blocks)()
         blocks.sub_blocks.pop("prompt_upsampler")
         pipeline = blocks.init_pipeline()
         pipeline.update_components(
@@ -239,6 +255,7 @@ def _forward(
     encoder_hidden_states_mask: torch.Tensor | None = None,
     references: torch.Tensor | None = None,
     reference_ids: torch.Tensor | None = None,
+    target_timestep: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor]:
     """Predict as `Flux3Transformer2DModel` does, with a mask of captions' tokens.
 
@@ -247,8 +264,8 @@ def _forward(
     image, text, mask = hidden_states, encoder_hidden_states, encoder_hidden_states_mask
     (rows, words), dtype = text.shape[:2], image.dtype
 
-    def embedded(told: torch.Tensor) -> torch.Tensor:
-        vector: torch.Tensor = transformer.timestep_embedder(transformer.time_proj(told).to(dtype))
+    def embedded(told: torch.Tensor, embedder: nn.Module = transformer.timestep_embedder) -> torch.Tensor:
+        vector: torch.Tensor = embedder(transformer.time_proj(told).to(dtype))
         return vector.unsqueeze(1)
 
     def run(block: Any, *arguments: Any) -> Any:
@@ -256,8 +273,12 @@ def _forward(
             return transformer._gradient_checkpointing_func(block, *arguments)
         return block(*arguments)
 
-    of_image = embedded(timestep.to(dtype) * 1000).expand(-1, image.shape[1], -1)
+    of_image = embedded(timestep.to(dtype) * 1000)
     clean = embedded(timestep.new_zeros(rows, dtype=dtype))  # captions and references have no noise
+    if target_timestep is not None:
+        end = embedded(target_timestep.to(dtype) * 1000, transformer.target_timestep_embedder)
+        of_image, clean = of_image + end, clean + end
+    of_image = of_image.expand(-1, image.shape[1], -1)
     vectors = {"image": of_image, "txt": clean.expand(-1, words, -1)}
     if references is not None:
         vectors[REFERENCES] = clean.expand(-1, references.shape[1], -1)
