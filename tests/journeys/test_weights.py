@@ -76,8 +76,9 @@ def scored_picture(config: Config, folder: Path) -> Any:
     return batch[0].permute(1, 2, 0).numpy().astype(int)
 
 
-# FLUX.1 Fill draws with a mask only: the journey itself, and tests/serving/test_served_masks.py.
-DRAWN_FROM_TEXT = [journey for journey in JOURNEYS if journey.name != "fill"]
+# FLUX.1 Fill draws with a mask only, and Qwen-Image-Edit with a picture: the journeys themselves, and
+# tests/serving/test_served_masks.py and test_served_edits.py.
+DRAWN_FROM_TEXT = [journey for journey in JOURNEYS if journey.name not in ("fill", "edits-stream")]
 
 
 def without_references(config: Config) -> Config:
