@@ -26,11 +26,12 @@ from ray_jobs.evaluation.cross_validation import held_out, splits, trained_on
 from ray_jobs.evaluation.dealing import Shape, dealt, in_order
 from ray_jobs.evaluation.scores import FEWEST, Copies, Features, Real, Recited, Scores, SetScores, recited
 from ray_jobs.metrics.copies import CopyDetector, DetectorFacts, fit_detector
-from ray_jobs.metrics.edits import target_distance
+from ray_jobs.metrics.edits import over_unedited, target_distance
 from ray_jobs.metrics.resampling import PairedDifference, difference_of
 from ray_jobs.metrics.score import Score
 from ray_jobs.metrics.subject import Drawn, DrawnSubjects, Photos, SubjectReference
 from ray_jobs.metrics.votes import mean_of_groups, wrongly_ordered
+from ray_jobs.registry.models import TEST_FEATURES
 from ray_jobs.run.folder import SharedFolder
 from ray_jobs.run.records import CORRECTED, FID, KID, MEASURES, SUBJECT, TARGET, VOTES, Measurement
 from ray_jobs.run.samples import PROMPTS, SAMPLES, prompt_name, sample_name
@@ -38,6 +39,7 @@ from ray_jobs.run.split import TEST, VALIDATION, Split
 from ray_jobs.weights.feature_networks import NetworkSet
 
 if TYPE_CHECKING:
+    import torch
     from ray import ObjectRef
     from ray.actor import ActorHandle
 
@@ -123,6 +125,7 @@ class EvaluatorPool:
         self.shapes: dict[Split, list[Shape]] = {}  # shapes of the same pictures
         self.references: dict[Split, ObjectRef[References]] = {}
         self.unedited: dict[Split, float] = {}
+        self._edited: dict[Split, tuple[torch.Tensor, torch.Tensor]] = {}  # features of these, and of targets
         self.corrected: dict[Split, bool] = {}
         self.digests: dict[Split, str] = {}  # digests of these pictures and their captions
         self._real: dict[Split, ObjectRef[Real]] = {}
@@ -180,13 +183,31 @@ class EvaluatorPool:
             self.references[split] = _shared(rows)
             before = self._measure_real([row["references"][0] for row in rows])
             first = self._first_network()
-            distance = target_distance(torch.from_numpy(before[first]), torch.from_numpy(real[first]), first)
-            self.unedited[split] = distance.value
+            pair = torch.from_numpy(before[first]), torch.from_numpy(real[first])
+            distance = target_distance(*pair, first)
+            self.unedited[split], self._edited[split] = distance.value, pair
             name, digits = MEASURES[TARGET]
             say("evaluate", f"{split}: {name} of the pictures as they were {distance.value:.{digits}f}")
         self.corrected[split] = correction is not None
         if self._is_of_subjects(split):
             self._subjects[split] = self._subject_reference(split)
+
+    def over_unedited(self, split: Split, folder: Storage) -> PairedDifference | None:
+        """Return how much further edits are from their targets than the pictures as they were.
+
+        Args:
+            folder: where `measure` has saved the features of the edits.
+
+        Returns:
+            None if the split has no edits.
+        """
+        import torch
+
+        if split not in self._edited:
+            return None
+        first = self._first_network()
+        drawn = torch.from_numpy(kept_features(folder, TEST_FEATURES)[first])
+        return over_unedited(drawn, *self._edited[split], first)
 
     def _judged_by(self, split: Split) -> Dataset:
         """Return the dataset whose split `split.name` has the pictures of `split`."""

@@ -49,6 +49,19 @@ def target_difference(
     )
 
 
+def over_unedited(
+    drawn: torch.Tensor, before: torch.Tensor, targets: torch.Tensor, feature_network: str
+) -> PairedDifference:
+    """Distance of edits to their targets minus that of the pictures as they were, in pairs.
+
+    Args:
+        drawn, targets: as in `target_distance`.
+        before: features of the first references: float, M x D.
+    """
+    repeated = before[torch.arange(len(drawn)) % len(before)]
+    return target_difference(drawn, repeated, targets, feature_network)
+
+
 def outside_change(drawn: torch.Tensor, reference: torch.Tensor, target: torch.Tensor) -> float:
     """Mean difference of an edit from its target, in levels of 255, where the target is as the reference.
 

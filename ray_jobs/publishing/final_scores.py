@@ -64,6 +64,7 @@ def measure_final(config: Config, dataset: Dataset, pool: EvaluatorPool, best: R
         pool.load(split)
     run = RunFolder.of(config).root
     base, test = pool.measure(None, TEST), pool.measure(weights, TEST, guidance_scale, run)
+    over_unedited = pool.over_unedited(TEST, run)
     floor, reachable = pool.floor(TEST), pool.reachable_floor(TEST)
     fid, lowest = test.scores.fid, floor.fid
     if lowest.num_samples < fid.num_samples:
@@ -88,7 +89,14 @@ def measure_final(config: Config, dataset: Dataset, pool: EvaluatorPool, best: R
             else judged[0].standard_error,
             "validation_num_samples": judged[0].num_samples,
             "test_floor_fid": lowest.value,
-            **({"unedited_test_target": pool.unedited[TEST]} if TEST in pool.unedited else {}),
+            **(
+                {
+                    "unedited_test_target": pool.unedited[TEST],
+                    "unedited_test_target_error": over_unedited.standard_error,
+                }
+                if over_unedited
+                else {}
+            ),
             "measures": FinalMeasures(
                 base=base.records(),
                 winner=test.records(),

@@ -76,6 +76,7 @@ def register_winner(
             ranked_by=winner.ranked_by,
             others=_others(winner),
             preference_model=winner.preference_model,
+            unedited=_unedited(winner),
         ),
         paired=paired,
         params={
@@ -95,6 +96,12 @@ def register_winner(
         description=f"{headline(winner)} Card: {CARD} beside the weights.",
         tags=tags,
     )
+
+
+def _unedited(winner: Winner) -> Result | None:
+    """Return the distance of the pictures as they were; None if the winner edits none."""
+    value, error = winner.unedited_test_target, winner.unedited_test_target_error
+    return None if value is None else Result(value, error)
 
 
 def _others(winner: Winner) -> dict[str, Result]:

@@ -11,6 +11,7 @@ from ray_jobs.registry.models import (
     CANDIDATE,
     CHAMPION,
     PREVIOUS,
+    UNEDITED,
     not_ours,
     nothing_published,
     open_existing,
@@ -127,6 +128,7 @@ def measured_of(client: "MlflowClient", version: "ModelVersion") -> Measured | N
         ranked_by=tags.get("ranked_by", FID),
         others=others,
         preference_model=tags.get("preference_model"),
+        unedited=Result(float(tags[UNEDITED]), number(f"{UNEDITED}_error")) if UNEDITED in tags else None,
         begins_from=begins_from(version),
         name=f"{version.name}@{version.version}",
     )

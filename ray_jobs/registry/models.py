@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 CHAMPION = "champion"  # the version that is served
 CANDIDATE = "candidate"  # the newest version that was not promoted
 PREVIOUS = "previous"  # the version that the champion replaced
+UNEDITED = "unedited_test_target"  # tag: `Measured.unedited`, and with _error its error
 WEIGHTS = "weights"  # tag: folder of the weights, if MLflow's own field `source` does not name it
 # Features for drift detection, stored with a version's weights. The file has safetensors format but not its
 # suffix, because the digest of the weights covers all *.safetensors files.

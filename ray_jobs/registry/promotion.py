@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ray_jobs.run.records import CORRECTED, EARLIER_VOTES, FID, MEASURES, PREFERENCE, SUBJECT, VOTES
+from ray_jobs.run.records import CORRECTED, EARLIER_VOTES, FID, MEASURES, PREFERENCE, SUBJECT, TARGET, VOTES
 
 
 class Result(NamedTuple):
@@ -33,6 +33,8 @@ class Measured:
         ranked_by: which score the search went by, one of `MEASURES`.
         others: the scores beside FID that can rank, by their names in `MEASURES`.
         preference_model: identity of the reward model, if there is one.
+        unedited: distance to the targets of the pictures as they were, before an edit; its error is that of
+            the edits' difference from it, in pairs.
         name: of the version, as name@3; "" if it is not registered.
         begins_from: base, and version or adapter, from which the weights were trained; "" if not recorded.
     """
@@ -47,6 +49,7 @@ class Measured:
     ranked_by: str = FID
     others: Mapping[str, Result] = field(default_factory=dict)
     preference_model: str | None = None
+    unedited: Result | None = None
     begins_from: str = ""
     name: str = ""
 
@@ -137,10 +140,28 @@ def objection(new: Measured, champion: Measured | None, paired: Paired | None = 
     if paired and measure in paired.errors:
         error, in_pairs = paired.errors[measure], " of the difference in pairs"
     if math.isnan(theirs.value) or theirs.value - mine.value > error:
-        return None
+        return _objection_of_unedited(new)
     margin = f" by more than the error {_number(measure, error)}{in_pairs}" if error else ""
     return (
         f"its test {name} {new.told(measure)} does not beat the champion's {champion.told(measure)}{margin}"
+    )
+
+
+def _objection_of_unedited(new: Measured) -> str | None:
+    """Return the reason why an editing version that was ranked by targets must not be served, or None.
+
+    It must come nearer to the targets than the pictures that it is given, by more than the error.
+    """
+    edits, before = new.result(TARGET), new.unedited
+    if new.ranked_by != TARGET or edits is None or before is None:
+        return None
+    error = before.error or 0.0
+    if before.value - edits.value > error:
+        return None
+    margin = f" by more than the error {_number(TARGET, error)} of the difference in pairs" if error else ""
+    return (
+        f"its edits, {new.told(TARGET)} from their targets on the test split, do not beat changing nothing: "
+        f"the pictures as they were are {_number(TARGET, before.value)} from them, not further{margin}"
     )
 
 
@@ -185,7 +206,7 @@ def objection_to_first(new: Measured) -> str | None:
     if math.isnan(found.value):
         return f"its test {name} is not a number"
     if found.base is None or math.isnan(found.base) or found.value < found.base:
-        return None
+        return _objection_of_unedited(new)
     return (
         f"its test {name} {new.told(measure)} does not beat the base model's {_number(measure, found.base)}"
     )

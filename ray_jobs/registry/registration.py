@@ -28,13 +28,14 @@ from ray_jobs.registry.models import (
     CANDIDATE,
     CHAMPION,
     PREVIOUS,
+    UNEDITED,
     WEIGHTS,
     open_client,
     source_of,
     store_errors,
     tracking_uri,
 )
-from ray_jobs.registry.promotion import Measured, Paired, compared_by, objection, objection_to_first
+from ray_jobs.registry.promotion import Measured, Paired, Result, compared_by, objection, objection_to_first
 from ray_jobs.registry.provenance import code_version, signature
 from ray_jobs.registry.store import ATTEMPTS, experiment_id, is_server, retried, versions_of
 from ray_jobs.run.folder import SharedFolder
@@ -274,9 +275,16 @@ def _tags(config: Config, measured: Measured | None, digest: str) -> dict[str, s
         "ranked_by": measured.ranked_by,
         **({"preference_model": measured.preference_model} if measured.preference_model else {}),
         **_other_scores(measured),
+        **_unedited(measured.unedited),
         "guidance_scale": f"{config.evaluate.guidance_scale:g}",
         "folds": str(config.search.folds),
     }
+
+
+def _unedited(found: Result | None) -> dict[str, str]:
+    """Return tags of `Measured.unedited`, which `aliases.measured_of` reads."""
+    told = {} if found is None else {"": found.value, "_error": found.error}
+    return {f"{UNEDITED}{suffix}": repr(value) for suffix, value in told.items() if value is not None}
 
 
 def _other_scores(measured: Measured) -> dict[str, str]:

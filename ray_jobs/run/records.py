@@ -450,6 +450,7 @@ class Winner(Record):
     base_test_outside: float | None = None
     base_test_outside_error: float | None = None
     unedited_test_target: float | None = None
+    unedited_test_target_error: float | None = None  # of the winner's difference from it, in pairs
     base_test_subject: float | None = None
     base_test_subject_error: float | None = None
     base_test_fid_2: float | None = None

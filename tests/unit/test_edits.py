@@ -11,6 +11,7 @@ from ray_jobs.metrics.edits import (
     OUTSIDE,
     outside_change,
     outside_score,
+    over_unedited,
     target_difference,
     target_distance,
 )
@@ -56,6 +57,17 @@ def test_common_references_and_noise_make_the_error_of_a_difference_small() -> N
     values = [target_distance(each, targets, "net") for each in (far, near)]
     assert found.value == pytest.approx(values[0].value - values[1].value) and found.value > 0
     assert found.standard_error < (values[0].standard_error or 0.0) and found.variance_ratio > 2
+
+
+def test_edits_are_compared_in_pairs_with_the_pictures_as_they_were() -> None:
+    targets, noise = pictures(0, 32), pictures(1, 32)
+    before, drawn = targets + 0.6 * noise, targets + 0.5 * noise
+    twice = torch.cat([drawn, drawn])  # two edits of each
+    found = over_unedited(twice, before, targets, "net")
+    values = [target_distance(each, targets, "net") for each in (drawn, before)]
+    assert found.value == pytest.approx(values[0].value - values[1].value) and found.value < 0
+    assert found.standard_error < (values[1].standard_error or 0.0)
+    assert over_unedited(before, before, targets, "net").value == 0
 
 
 def test_only_edits_have_targets_and_rungs_are_compared_by_them() -> None:

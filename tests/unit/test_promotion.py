@@ -111,3 +111,29 @@ def test_a_score_that_is_no_number_never_wins_and_always_loses() -> None:
     diverged = replace(CHAMPION, fid=math.nan)
     assert "not a number" in (objection(diverged, CHAMPION) or "")
     assert objection(CHAMPION, diverged) is None
+
+
+def test_a_version_that_edits_must_also_beat_changing_nothing() -> None:
+    """By more than the error of the difference in pairs, as first version and beside a champion."""
+    edits = replace(
+        CHAMPION,
+        ranked_by="target",
+        others={"target": Result(0.30, 0.02, 0.60)},
+        unedited=Result(0.34, 0.03),
+    )
+    champion = replace(edits, others={"target": Result(0.40, 0.02, 0.60)})
+    for unedited, is_served in ((Result(0.34, 0.03), True), (Result(0.32, 0.03), False), (None, True)):
+        new = replace(edits, unedited=unedited)
+        for against in (objection_to_first(new), objection(new, champion)):
+            assert (against is None) == is_served
+    worse = objection_to_first(replace(edits, unedited=Result(0.2, None))) or ""
+    assert worse == (
+        "its edits, 0.3000 ± 0.0200 from their targets on the test split, do not beat changing nothing: the "
+        "pictures as they were are 0.2000 from them, not further"
+    )
+    near = objection(replace(edits, unedited=Result(0.32, 0.03)), champion) or ""
+    assert near.endswith(
+        "0.3200 from them, not further by more than the error 0.0300 of the difference in pairs"
+    )
+    by_fid = replace(edits, ranked_by="fid", base_fid=50.0, unedited=Result(0.1, 0.0))
+    assert objection_to_first(by_fid) is None, "targets were not what the search went by"

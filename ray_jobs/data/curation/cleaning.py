@@ -1,9 +1,7 @@
 """Measures of a picture: size, sharpness, contrast, brightness, perceptual hash and colours."""
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf
 
 import numpy as np
 from PIL import Image
@@ -107,21 +105,24 @@ def _cosines() -> np.ndarray:
     return np.cos(np.pi / HASH_SIDE * (columns + 0.5) * rows) * np.sqrt(2 / HASH_SIDE)
 
 
-def check_size(picture: Picture | ImageStats, config: CleaningConfig) -> None:
-    """Check the size of the file's picture.
+def check_size(width: int, height: int, config: CleaningConfig, which: str = "") -> None:
+    """Check the size of a file's picture, in pixels.
+
+    Args:
+        which: beginning of the detail, for a picture that is not the row's own.
 
     Raises:
         Rejected: `too_small` or `extreme_aspect_ratio`.
     """
-    shorter, longer = sorted((picture.width, picture.height))
+    shorter, longer = sorted((width, height))
     if shorter < config.min_side:
         raise Rejected(
-            "too_small", f"shorter side {shorter} is below data.cleaning.min_side {config.min_side}"
+            "too_small", f"{which}shorter side {shorter} is below data.cleaning.min_side {config.min_side}"
         )
     if longer > config.max_aspect_ratio * shorter:
         raise Rejected(
             "extreme_aspect_ratio",
-            f"aspect ratio {longer / shorter:.4g} is above "
+            f"{which}aspect ratio {longer / shorter:.4g} is above "
             f"data.cleaning.max_aspect_ratio {config.max_aspect_ratio:g}",
         )
 
@@ -141,26 +142,6 @@ def check(measures: ImageStats, config: CleaningConfig) -> None:
         raise Rejected(
             judged.reason, f"{name} {value:.4g} is {side} data.cleaning.{judged.field} {threshold:g}"
         )
-
-
-def check_reference(number: int, measured: Sequence[float], config: CleaningConfig) -> None:
-    """Check a reference picture of a row, by its number: its size, and that it is not flat.
-
-    Dark, bright and blurred ones pass: an edit may begin with them.
-
-    Args:
-        measured: its width, height and contrast.
-
-    Raises:
-        Rejected: `too_small`, `extreme_aspect_ratio` or `near_constant`.
-    """
-    width, height, contrast = measured
-    stats = ImageStats(int(width), int(height), inf, contrast, 0.0, 0.0, 0, b"")
-    try:
-        check_size(stats, config)
-        check(stats, config)
-    except Rejected as fault:
-        raise Rejected(fault.reason, f"reference {number}: {fault.detail}") from None
 
 
 def histogram(name: str, values: np.ndarray) -> np.ndarray:

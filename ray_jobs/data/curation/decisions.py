@@ -20,7 +20,6 @@ from ray_jobs.data.curation.cleaning import (
     QUALITY_CHECKS,
     ImageStats,
     check,
-    check_reference,
     check_size,
     histogram,
 )
@@ -280,19 +279,21 @@ def _read_columns(
 
 
 def _fault(
-    measured: dict[str, float], references: Sequence[Sequence[float]], cleaning: CleaningConfig
+    measured: dict[str, float], references: Sequence[tuple[int, int]], cleaning: CleaningConfig
 ) -> Rejected | None:
     """Return the first fault of a picture's size and measures against the thresholds, or None.
 
+    What its references show is not judged: an edit may begin with a dark, a flat or a blurred one.
+
     Args:
-        references: of each of its reference pictures, as for `check_reference`.
+        references: width and height of each of its reference pictures.
     """
     measures = ImageStats(**measured, hash=0, colours=b"")  # type: ignore[arg-type]
     try:
-        check_size(measures, cleaning)
+        check_size(measures.width, measures.height, cleaning)
         check(measures, cleaning)
         for number, each in enumerate(references, 1):
-            check_reference(number, each, cleaning)
+            check_size(*each, cleaning, f"reference {number}: ")
     except Rejected as fault:
         return fault
     return None

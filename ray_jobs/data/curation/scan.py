@@ -49,7 +49,7 @@ SCHEMA = pa.schema(
         ("hash", pa.uint64()),
         ("colours", pa.binary(48)),
         ("further", pa.list_(pa.string())),  # digests of the files of references, and last of the mask
-        ("references", pa.list_(pa.list_(pa.float32()))),  # width, height and contrast of each
+        ("references", pa.list_(pa.list_(pa.int32()))),  # width and height of each
     ]
 )
 
@@ -133,14 +133,14 @@ def scan_sample(sample: Sample, config: DataConfig) -> dict[str, object]:
         row["digest"] = content_digest(sample.data)
         picture = _first_look(sample.data, config)
         row |= vars(measure(picture))
-        references: list[list[float]] = []
+        references: list[list[int]] = []
         for number, data in enumerate(sample.further, 1):
             is_mask = config.has_masks and number == len(sample.further)
             further = _further("mask" if is_mask else f"reference {number}", data, config)
             if is_mask:
                 _check_mask(further, picture)
             else:
-                references.append([further.width, further.height, measure(further).contrast])
+                references.append([further.width, further.height])
         row["references"] = references
         row["further"] = [content_digest(data) for data in sample.further]
     except Rejected as rejected:
