@@ -17,6 +17,7 @@ from ray_jobs.config.data import (
     AugmentationConfig,
     CaptioningConfig,
     CleaningConfig,
+    ControlConfig,
     DataConfig,
     SourceConfig,
 )
@@ -72,6 +73,7 @@ __all__ = [
     "CleaningConfig",
     "Config",
     "ConfigError",
+    "ControlConfig",
     "DataConfig",
     "Effect",
     "EvaluateConfig",

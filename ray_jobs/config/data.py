@@ -9,6 +9,9 @@ from pydantic import Field, model_validator
 from ray_jobs.config.effects import Added, Effect, Formerly
 from ray_jobs.config.fields import Positive, Prompt, Section, Share, require_unset
 
+FURTHER_COLUMNS = "reference_columns, control_column, mask_column"
+"""Fields of a source that name pictures beside a row's own, for errors."""
+
 
 class SourceConfig(Section):
     """A source of captioned images. Its kind is detected from its files."""
@@ -50,6 +53,13 @@ class SourceConfig(Section):
         "`references[0]` for the first image of a column of lists; tar: `before` for x.before.png beside "
         "x.png; folders with caption files: subfolders with images of the same names",
     )
+    control_column: Annotated[str | None, Effect.IMAGES, Added()] = Field(
+        None,
+        min_length=1,
+        description="control image of each row, named as in reference_columns, for ControlNets: edges, "
+        "depth, a pose, or anything else that the row's image follows, in the shape of that. Empty: they are "
+        "computed, if `data.control.kind` says so",
+    )
     mask_column: Annotated[str | None, Added()] = Field(
         None,
         min_length=1,
@@ -65,17 +75,20 @@ class SourceConfig(Section):
 
     @property
     def further_columns(self) -> list[str]:
-        """Columns of the pictures that a row has beside its own: references, and last the mask."""
-        return [*self.reference_columns, *([self.mask_column] if self.mask_column else [])]
+        """Columns of the pictures that a row has beside its own: references, the control image, the mask."""
+        return [*self.reference_columns, *filter(None, (self.control_column, self.mask_column))]
 
     @model_validator(mode="after")
     def _columns_differ(self) -> "SourceConfig":
         if twice := [name for name, count in Counter(self.further_columns).items() if count > 1]:
             raise ValueError(
-                f"reference_columns, mask_column: {twice[0]} is named twice; every reference and the "
+                f"{FURTHER_COLUMNS}: {twice[0]} is named twice; every reference, the control image and the "
                 "mask have a column of their own"
             )
         return self
+
+
+MAX_GRADIENT = 2040  # the largest sum of both absolute derivatives of 8-bit pixels, by Sobel's filters
 
 
 class CleaningConfig(Section):
@@ -177,6 +190,75 @@ class CaptioningConfig(Section):
         return self
 
 
+class ControlConfig(Section):
+    """How control images are computed from pictures.
+
+    Sources with a `control_column` bring their own; they are then computed only from drawn images, to compare
+    them with these (docs/control.md).
+    """
+
+    affects: ClassVar = Effect.ENCODINGS
+
+    kind: Annotated[Literal["edges", "depth", "pose"] | None, Added()] = Field(
+        None,
+        description="edges: Canny's, by OpenCV; depth: a depth model's, near is white; pose: skeletons of "
+        "people, as OpenPose draws them. Without control_column, each image's own control image is made so. "
+        "Empty: there are none, or no score says whether images follow those of control_column",
+    )
+    low_threshold: Annotated[int, Added(100)] = Field(
+        100,
+        ge=0,
+        le=MAX_GRADIENT,
+        description="edges: gradient from which an edge continues; Canny's first threshold in OpenCV",
+    )
+    high_threshold: Annotated[int, Added(200)] = Field(
+        200,
+        ge=1,
+        le=MAX_GRADIENT,
+        description="edges: gradient from which an edge begins; Canny's second threshold in OpenCV",
+    )
+    model: Annotated[str | None, Added()] = Field(
+        None,
+        min_length=1,
+        description="folder or hub name of a model in transformers' format; depth: Depth Anything, DPT, "
+        "ZoeDepth, GLPN or Depth Pro; pose: ViTPose of 17 key points",
+    )
+    revision: Annotated[str | None, Added()] = Field(None, description="revision of `model` on the hub")
+    detector: Annotated[str | None, Added()] = Field(
+        None,
+        min_length=1,
+        description="pose: folder or hub name of a model in transformers' format that finds people, such as "
+        "RT-DETR. Empty: each image shows one, who fills it",
+    )
+    detector_revision: Annotated[str | None, Added()] = Field(
+        None, description="revision of `detector` on the hub"
+    )
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether a model computes them."""
+        return self.kind in ("depth", "pose")
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> "ControlConfig":
+        if self.kind != "edges":
+            require_unset(self, "without kind: edges", "low_threshold", "high_threshold")
+        if not self.needs_model:
+            require_unset(self, "without kind: depth or pose", "model", "revision")
+        elif not self.model:
+            raise ValueError(f"model: kind: {self.kind} needs one; name it, or choose kind: edges")
+        if self.kind != "pose":
+            require_unset(self, "without kind: pose", "detector")
+        if not self.detector:
+            require_unset(self, "without detector", "detector_revision")
+        if self.low_threshold > self.high_threshold:
+            raise ValueError(
+                f"low_threshold: {self.low_threshold} is above high_threshold, {self.high_threshold}; "
+                "lower it"
+            )
+        return self
+
+
 class AugmentationConfig(Section):
     """Random changes to training images, from a generator seeded by image and epoch or variant."""
 
@@ -246,6 +328,7 @@ class DataConfig(Section):
         "white", description="colour behind transparent pixels"
     )
     captioning: CaptioningConfig = CaptioningConfig()
+    control: ControlConfig = ControlConfig()
     cleaning: CleaningConfig = CleaningConfig()
     augmentation: AugmentationConfig = AugmentationConfig()
     validation: Share = Field(0.15, description="share of the images on which the search is judged")
@@ -315,6 +398,21 @@ class DataConfig(Section):
         return len(self.all_sources[0].reference_columns)
 
     @property
+    def brings_control(self) -> bool:
+        """Whether each row brings its control image."""
+        return self.all_sources[0].control_column is not None
+
+    @property
+    def has_control(self) -> bool:
+        """Whether each row has a control image: its own, or one that is computed."""
+        return self.brings_control or bool(self.control.kind)
+
+    @property
+    def computes_control_by_model(self) -> bool:
+        """Whether a model makes each row's control image from its image."""
+        return self.control.needs_model and not self.brings_control
+
+    @property
     def has_masks(self) -> bool:
         """Whether each row has a mask."""
         return self.all_sources[0].mask_column is not None
@@ -344,8 +442,11 @@ class DataConfig(Section):
             raise ValueError("sources: give every source a weight, or none")
         if len({len(each.reference_columns) for each in self.sources}) > 1:
             raise ValueError("sources: name as many reference_columns in each; every row has as many")
-        if len({each.mask_column is None for each in self.sources}) > 1:
-            raise ValueError("sources: name a mask_column in each, or in none; every row has a mask or none")
+        for field, thing in (("control_column", "control image"), ("mask_column", "mask")):
+            if len({getattr(each, field) is None for each in self.sources}) > 1:
+                raise ValueError(
+                    f"sources: name a {field} in each, or in none; every row has a {thing} or none"
+                )
         if not self.num_references:
             require_unset(self, "without reference_columns", "reference_resolution")
         if self.balance and any(weights):

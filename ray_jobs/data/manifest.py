@@ -79,6 +79,7 @@ def describe(
         rows_an_epoch=mixed.order.rows_an_epoch if mixed else 0,
         judged=decisions.num_judged,
         references=num_before(config),
+        control=data.has_control,
         digest=hashlib.sha256("\n".join(digests).encode()).hexdigest(),
     )
 

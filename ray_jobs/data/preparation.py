@@ -14,6 +14,7 @@ from cluster.fetched import local_path
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, Effect
 from ray_jobs.console import phase, say
+from ray_jobs.data.control import check_control, control_digest
 from ray_jobs.data.curation.composition import compose
 from ray_jobs.data.curation.decisions import Decisions, decide
 from ray_jobs.data.curation.findings import examples, write_findings
@@ -121,6 +122,7 @@ def prepare_set(
     picture_shapes(config)  # reject a wrong resolution before generating pictures at it
     if not are_votes:
         check_references(config)
+        check_control(config)
     check_subjects(config, sources)
     check_captioning(config)
     captioner = captioning_digest(config)
@@ -216,6 +218,7 @@ def _inputs(
         config.seed,
         config.train.training_rows,
         *([captions] if captions else []),
+        *([control] if (control := control_digest(config)) else []),
     )
 
 
@@ -421,6 +424,7 @@ def dry_run(config: Config) -> str:
     """
     sources = open_sources(config)
     check_references(config)
+    check_control(config)
     check_subjects(config, sources)
     check_captioning(config)
     announce_class_pictures(config, sources)

@@ -11,6 +11,7 @@ from cluster.shape import machines_of
 from cluster.watch import require_room
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.console import say
+from ray_jobs.data.control import check_control
 from ray_jobs.data.encoding.captioning import check_captioning
 from ray_jobs.data.encoding.shapes import picture_shapes
 from ray_jobs.data.references import check_references
@@ -46,6 +47,7 @@ def check_stages(config: Config) -> list[str]:
         shapes = picture_shapes(config)
         check_captioning(config)
         check_references(config)
+        check_control(config)
         family, model = check_settings(config)
         denoiser = getattr(model, family.denoiser)
         base, revision = local_path(config.model.base), config.model.revision

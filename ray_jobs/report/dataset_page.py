@@ -41,8 +41,10 @@ REASONS = {
     "outside_folder": "The path points outside the data set's folder: move the picture into the folder and"
     " give a path relative to it.",
     "missing_file": "A caption names a file that does not exist: correct the name, or add the file.",
-    "incomplete": "A picture that reference_columns or mask_column names is missing, or cannot be read: add"
-    " or replace it, or remove the row.",
+    "incomplete": "A picture that reference_columns, control_column or mask_column names is missing, or"
+    " cannot be read: add or replace it, or remove the row.",
+    "control_of_another_shape": "The control image has another ratio of its sides than its picture: make it"
+    " from the whole picture.",
     "mask_of_another_size": "The mask has other sides than its picture: draw it on the picture itself.",
     "empty_mask": "The mask is dark, so nothing of the picture would be learned: paint what is to be learned"
     " white (255, not 1), or remove the row.",

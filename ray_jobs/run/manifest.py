@@ -129,6 +129,7 @@ class Manifest(Record):
         composition: words, sizes, brightness and classes of the kept pictures; empty in earlier releases.
         judged: number of pictures among which `rejected` are; 0: not recorded by an earlier release.
         references: number of each row's reference pictures; 1 if the model paints into its mask.
+        control: whether each row has a control image.
         digest: digest of the pictures, captions and splits.
         inputs: digest of sources and settings, by which prepare knows its own result again.
         content: digest of the training input.
@@ -154,6 +155,7 @@ class Manifest(Record):
     composition: Composition = Composition()
     judged: int = 0
     references: int = 0
+    control: bool = False
     digest: str = ""
     inputs: str = ""
     content: str = ""

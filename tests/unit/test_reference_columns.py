@@ -214,7 +214,7 @@ def test_a_row_with_another_reference_is_encoded_anew(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [dreambooth, label_studio])
 def test_kinds_without_references_refuse_them(kind: Any, tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match="reference_columns, mask_column: the pictures of .* have no others"
+        ConfigError, match="reference_columns, control_column, mask_column: the pictures of .* have no others"
     ):
         opened(kind(tmp_path), reference_columns=["before"])
 
@@ -224,7 +224,7 @@ def test_kinds_without_references_refuse_them(kind: Any, tmp_path: Path) -> None
     [
         (image_folder, "no line has a field 'after' .*reference_columns"),
         (parquet, "no column 'after' .*reference_columns"),
-        (captions, "no pictures in after/, which reference_columns or mask_column names"),
+        (captions, "no pictures in after/, which reference_columns, control_column or mask_column names"),
     ],
 )
 def test_a_wrong_name_is_told_before_anything_is_read(kind: Any, message: str, tmp_path: Path) -> None:
@@ -350,6 +350,7 @@ def test_rows_that_are_streamed_have_the_references_and_masks_of_those_that_are_
         "step": 1,
         "epoch": 0,
         "bucket": "64x64",
+        "source": 0,
         "data": own,
         "text": ["a"] * 3,
         "name": ["x"] * 3,
@@ -367,7 +368,7 @@ def test_rows_that_are_streamed_have_the_references_and_masks_of_those_that_are_
     if seen:
         rows_of_training(base, config, {each: torch.from_numpy(stored[each]) for each in names}, shown)
     changed = [[*others, files[0]] for *others, _ in further]
-    with pytest.raises(ChangedFile, match="a reference or mask changed"):
+    with pytest.raises(ChangedFile, match="a reference, control image or mask changed"):
         Decode(config)(gathered | {"further": changed})
 
 
@@ -451,7 +452,7 @@ def test_settings_suit_references_unless_given(tmp_path: Path) -> None:
         {"reference_columns": ["a"], "mask_column": "a"},
     )
     for columns in twice:
-        with pytest.raises(ValueError, match="reference_columns, mask_column: a is named twice"):
+        with pytest.raises(ValueError, match="control_column, mask_column: a is named twice"):
             edits(tmp_path, sources=[{"path": "x", **columns}])
     with pytest.raises(
         ValueError, match="reference_resolution: 32 changes nothing without reference_columns"

@@ -27,6 +27,7 @@ from ray_jobs.pictures.reading import WHITE, Picture, Rejected, read_picture
 RayRow = dict[str, Any]  # of Ray Data, by column: values of Arrow, or any object
 
 VERSION = 4  # version of the measures; a change scans anew
+CONTROL_IMAGE, MASK = "control image", "mask"
 FILES_AT_ONCE = 16  # index files read in parallel
 SCHEMA = pa.schema(
     [
@@ -48,7 +49,7 @@ SCHEMA = pa.schema(
         ("bright", pa.float32()),
         ("hash", pa.uint64()),
         ("colours", pa.binary(48)),
-        ("further", pa.list_(pa.string())),  # digests of the files of references, and last of the mask
+        ("further", pa.list_(pa.string())),  # digests of the files of references, the control image, the mask
         ("references", pa.list_(pa.list_(pa.int32()))),  # width and height of each
     ]
 )
@@ -68,6 +69,7 @@ def entries(sources: Sequence[Source], config: DataConfig) -> list[Entry]:
     settings = [VERSION, config.cleaning.max_pixels, config.background, config.column]
     settings += ["masks", WHITE] if config.has_masks else []
     settings += ["measured references"] if config.num_references else []
+    settings += ["control"] if config.brings_control else []
     scanned = [json.dumps([*settings, vars(source.captions), *source.further_columns]) for source in sources]
     return [
         Entry(
@@ -134,11 +136,14 @@ def scan_sample(sample: Sample, config: DataConfig) -> dict[str, object]:
         picture = _first_look(sample.data, config)
         row |= vars(measure(picture))
         references: list[list[int]] = []
+        control, mask = _last_roles(len(sample.further), config)
         for number, data in enumerate(sample.further, 1):
-            is_mask = config.has_masks and number == len(sample.further)
-            further = _further("mask" if is_mask else f"reference {number}", data, config)
-            if is_mask:
+            role = {control: CONTROL_IMAGE, mask: MASK}.get(number, f"reference {number}")
+            further = _further(role, data, config)
+            if number == mask:
                 _check_mask(further, picture)
+            elif number == control:
+                _check_control(further, picture)
             else:
                 references.append([further.width, further.height])
         row["references"] = references
@@ -158,12 +163,27 @@ def _first_look(data: bytes, config: DataConfig) -> Picture:
     )
 
 
+def _last_roles(count: int, config: DataConfig) -> tuple[int, int]:
+    """Return which of a row's further pictures, from 1, are the control image and the mask; 0 for none."""
+    mask = count if config.has_masks else 0
+    return (count - config.has_masks if config.brings_control else 0), mask
+
+
 def _further(role: str, data: bytes, config: DataConfig) -> Picture:
-    """Read a reference picture or a mask, named by its role."""
+    """Read a reference picture, control image or mask, named by its role."""
     try:
         return _first_look(data, config)
     except Rejected as rejected:
         raise Rejected("incomplete", f"{role}: {rejected.reason}: {rejected.detail}") from None
+
+
+def _check_control(control: Picture, picture: Picture) -> None:
+    """Raise Rejected if a control image has another shape than its picture, so that it is cut differently."""
+    width, height = picture.width, picture.height
+    # As far as rounding to whole pixels changes the shape of a smaller or larger one.
+    if abs(control.width * height - control.height * width) > width + height:
+        told = f"{control.width} x {control.height} and the picture {width} x {height}"
+        raise Rejected("control_of_another_shape", f"the control image has {told} pixels")
 
 
 def _check_mask(mask: Picture, picture: Picture) -> None:

@@ -8,6 +8,7 @@ uninterrupted one. The encoding of the empty caption, which training uses for dr
 the parts.
 """
 
+import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 
 from cluster.fetched import local_path
 from cluster.storage import Storage
@@ -29,6 +31,7 @@ from ray_jobs.data.encoding.geometry import Fitted, Size, fit
 from ray_jobs.data.encoding.plan import PIXELS_A_PART, PlannedPart
 from ray_jobs.data.encoding.tensors import tensor_column
 from ray_jobs.data.sources.detection import Sample, Source
+from ray_jobs.pictures.edges import edges
 from ray_jobs.pictures.reading import WHITE, Picture, encode_png, read_picture
 
 if TYPE_CHECKING:
@@ -110,28 +113,39 @@ class Decode:
         width, height = part.bucket
         pixels = np.empty((len(part.rows), height, width, 3), np.uint8)
         conditioning, pngs, looked_at, masks = [], [], [], []
+        controls, control_pngs, data = [], [], self.config.data
         of, digest, picture = -1, "", None
         for number, index in enumerate(row["picture"]):
             if of != index:  # variants of a picture follow each other
-                of, data = index, row["data"][index]
-                digest, picture = content_digest(data), self.open(data, part.bucket)
+                of, file = index, row["data"][index]
+                digest, picture = content_digest(file), self.open(file, part.bucket)
             assert picture is not None
             if digest != part.digests[number]:
                 raise ChangedFile(f"{row['name'][index]}: changed during prepare; run it again")
             draw = int(part.variants[number])
             fitted = self.fit(picture, part.split, part.bucket, digest, draw)
+            control = None
             if part.further:
                 given = list(zip(row["further"][index], part.further[number], strict=True))
                 self.require_unchanged(given, row["name"][index])
-                files = [data for data, _ in given]
+                files = [content for content, _ in given]
                 if part.has_masks:
                     masks.append(self.mask(files.pop(), part.split, part.bucket, digest, draw))
+                if part.brings_control:
+                    control = self.open(files.pop(), part.bucket)
                 if part.reference_size:
                     looked_at.append(self.references(files, part.split, part.reference_size, digest, draw))
             pixels[number] = fitted.pixels
             conditioning.append(fitted.sizes)
             plain = fit(picture.image, part.bucket).pixels if part.scored[number] else None
             pngs.append(b"" if plain is None else encode_png(plain))
+            if data.has_control:
+                control = control or picture
+                controls.append(self.control(control, part.split, part.bucket, digest, draw))
+                # As scores have the row's picture: not augmented. What a model computes, the encoders add.
+                is_shown = part.scored[number] and not data.computes_control_by_model
+                shown = self.control(control, "floor", part.bucket, digest, draw) if is_shown else None
+                control_pngs.append(b"" if shown is None else encode_png(shown))
         return {
             "part": part,
             "text": [row["text"][index] for index in row["picture"]],
@@ -140,6 +154,8 @@ class Decode:
             "conditioning": conditioning,
             "references": np.stack(looked_at).tobytes() if looked_at else b"",
             "masks": np.stack(masks).tobytes() if masks else b"",
+            "controls": np.stack(controls).tobytes() if controls else b"",
+            "control_image": control_pngs,
         }
 
     @staticmethod
@@ -150,7 +166,9 @@ class Decode:
             given: contents and digests of their files.
         """
         if any(content_digest(data) != expected for data, expected in given):
-            raise ChangedFile(f"{name}: a reference or mask changed since it was scanned; run it again")
+            raise ChangedFile(
+                f"{name}: a reference, control image or mask changed since it was scanned; run it again"
+            )
 
     def references(
         self, files: Sequence[bytes], split: str, size: Size, digest: str, draw: int
@@ -166,6 +184,19 @@ class Decode:
         """Fit a row's mask as its picture, without changes of its colours: uint8, h x w, white is learned."""
         pixels = self.fit(self.open(data, bucket), split, bucket, digest, draw, self._uncoloured).pixels
         return pixels.mean(axis=2).round().astype(np.uint8)
+
+    def control(self, picture: Picture, split: str, bucket: Size, digest: str, draw: int) -> np.ndarray:
+        """Fit a row's control image as its picture, without changes of its colours: uint8, H x W x 3.
+
+        Args:
+            picture: the control image; or, where it is to be computed, the row's own picture. What a model
+                computes, the encoders do: this is then the picture that it is computed from.
+        """
+        pixels = self.fit(picture, split, bucket, digest, draw, self._uncoloured).pixels
+        data = self.config.data
+        if data.brings_control or data.computes_control_by_model:
+            return pixels
+        return edges(pixels, data.control.low_threshold, data.control.high_threshold)
 
     def open(self, data: bytes, bucket: Size) -> Picture:
         """Decode a picture; a large JPEG at 1/2, 1/4 or 1/8 of its size, which is much faster.
@@ -217,6 +248,7 @@ class EncodeRows:
 
         from ray_jobs.diffusion.memory import Chunks
         from ray_jobs.diffusion.precision import PRECISIONS
+        from ray_jobs.weights.conditioner import load_conditioner
         from ray_jobs.weights.encoders import Encoders
 
         data, model = config.data, config.model
@@ -231,7 +263,10 @@ class EncodeRows:
         )
         self.batch_size = data.encode_batch_size
         self.pictures, self.captions = Chunks(), Chunks()
-        self.looked_at, self.painted = Chunks(), Chunks()
+        self.looked_at, self.painted, self.controlled = Chunks(), Chunks(), Chunks()
+        by_model = data.computes_control_by_model
+        self.conditioner = load_conditioner(data.control, device) if by_model else None
+        self.num_references = data.num_references
         self.dtype = PRECISIONS[data.encode_dtype]
 
     def encode(
@@ -240,6 +275,7 @@ class EncodeRows:
         captions: list[str],
         references: np.ndarray | None = None,
         masks: np.ndarray | None = None,
+        controls: np.ndarray | None = None,
     ) -> dict[str, "torch.Tensor"]:
         """Tensors by name, N x ..., on the CPU: `latents_mean`, `latents_logvar`, caption encodings.
 
@@ -248,10 +284,12 @@ class EncodeRows:
                 encoders that see them give captions as `Encoders.encode_shown` does.
             masks: uint8, N x H x W; `mask` has the share of each of the denoiser's latents that is white,
                 N x 1 x ..., 0 to 1. A model that paints masks gets what `Encoders.encode_masked` returns.
+            controls: control images: uint8, N x H x W x 3. `control` is what the family's ControlNets look
+                at: their pixels, uint8, N x 3 x H x W, or the mean of their posterior.
         """
         import torch
 
-        from ray_jobs.diffusion.families.family import reference
+        from ray_jobs.diffusion.families.family import CONTROL, reference
         from ray_jobs.diffusion.memory import pictures_at_once
 
         limit = min(self.batch_size, pictures_at_once(*pixels.shape[1:3]))
@@ -273,6 +311,14 @@ class EncodeRows:
             if self.encoders.family.paints_masks:
                 painted = self.painted.run(with_masks(pixels, masks), self.encoders.encode_masked, limit)
                 tensors |= {name: torch.cat([part[name] for part in painted]) for name in painted[0]}
+        if controls is not None:
+            facet = self.encoders.family.control
+            assert facet
+            if facet.form == "pixels":
+                tensors[CONTROL] = torch.from_numpy(controls).permute(0, 3, 1, 2)
+            else:
+                means = self.controlled.run(controls, self.encoders.encode_pictures, limit)
+                tensors[CONTROL] = torch.cat([mean for mean, _ in means])
         # Pixels are channels-last, which convolutions preserve; tensors are stored contiguous.
         return {
             name: (tensor.to(self.dtype) if tensor.is_floating_point() else tensor).contiguous()
@@ -297,6 +343,23 @@ class EncodeRows:
         forms = self.captions.run(different, encoders.encode_captions, self.batch_size)
         places = torch.tensor([different.index(caption) for caption in captions])
         return {name: torch.cat([form[name] for form in forms])[places] for name in forms[0]}
+
+    def control_images(self, pixels: np.ndarray) -> np.ndarray:
+        """Return what a model computes from pictures, or the same where they are control images already.
+
+        Args:
+            pixels: uint8, N x H x W x 3, as is the result.
+        """
+        import torch
+
+        from ray_jobs.diffusion.memory import pictures_at_once
+
+        if self.conditioner is None:
+            return pixels
+        limit = min(self.batch_size, pictures_at_once(*pixels.shape[1:3]))
+        pictures = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        found = torch.cat(self.controlled.run(pictures, self.conditioner, limit))
+        return found.permute(0, 2, 3, 1).numpy()
 
 
 class EncodePart(EncodeRows):
@@ -357,13 +420,34 @@ class EncodePart(EncodeRows):
             masks = np.frombuffer(row["masks"], np.uint8).reshape(pixels.shape[:3])[chosen]
             if self.encoders.family.paints_masks:
                 columns.append(_shown(part, chosen, 0, with_masks(pixels[chosen], masks)))
-        tensors, text = self.encode(pixels[chosen], texts, references, masks), self.encoders.family.text
+        controls = None
+        if row["controls"]:
+            fitted = np.frombuffer(row["controls"], np.uint8).reshape(pixels.shape)[chosen]
+            controls = self.control_images(fitted)
+            pngs = self._control_pngs([(row["image"][n], row["control_image"][n]) for n in chosen])
+            field = pa.field(reference_image(self.num_references), pa.binary())
+            columns.append((field, pa.array(pngs, pa.binary())))
+        tensors = self.encode(pixels[chosen], texts, references, masks, controls)
+        text = self.encoders.family.text
         for name, tensor in tensors.items():
             null = NULL if name.startswith(NULL) else ""
             is_ragged = name.removeprefix(null) in text.ragged
             lengths = tensors[null + MASK].sum(dim=1).tolist() if is_ragged else None
             columns.append(tensor_column(name, tensor, lengths))
         return pa.Table.from_arrays([c for _, c in columns], schema=pa.schema([f for f, _ in columns]))
+
+    def _control_pngs(self, shown: Sequence[tuple[bytes, bytes]]) -> list[bytes]:
+        """Return PNGs of the control images of scored rows, and b"" for others.
+
+        Args:
+            shown: of each row a PNG of its picture, b"" if it is not scored, and of its control image, b"" if
+                a model computes that.
+        """
+        if self.conditioner is None:
+            return [control for _, control in shown]
+        pictures = [np.array(Image.open(io.BytesIO(png))) for png, _ in shown if png]
+        found = iter(self.control_images(np.stack(pictures)) if pictures else ())
+        return [encode_png(next(found)) if png else b"" for png, _ in shown]
 
     def _copied(self, part: PlannedPart) -> pa.Table | None:
         """Read the rows of a part that are stored in other files of the cache."""
@@ -379,7 +463,8 @@ class EncodePart(EncodeRows):
 def reference_image(number: int) -> str:
     """Return the column with PNGs of the scored rows' reference pictures, counted from 0.
 
-    Of a model that paints masks it is one, the picture that is transparent where it is to be painted.
+    Of a model that paints masks it is one, the picture that is transparent where it is to be painted. After
+    those of the references comes the control image, if there is one.
     """
     return f"reference_image_{number}"
 
@@ -413,7 +498,7 @@ def references_of_part(part: PlannedPart, content: bytes) -> np.ndarray | None:
     if not part.reference_size or not part.further:
         return None
     width, height = part.reference_size
-    count = len(part.further[0]) - part.has_masks
+    count = len(part.further[0]) - part.has_masks - part.brings_control
     return np.frombuffer(content, np.uint8).reshape(len(part.further), count, height, width, 3)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from cluster.fetched import local_path
 from cluster.storage import Storage
-from ray_jobs.config import Config, Effect
+from ray_jobs.config import Config, DataConfig, Effect
 from ray_jobs.data.curation.decisions import Decisions
 from ray_jobs.data.curation.scan import Entry, read_index
 from ray_jobs.data.curation.splits import Shares, is_floor_candidate
@@ -69,7 +69,8 @@ class PlannedPart:
         value: value of `data.balance` in all rows; None without it.
         reference_size: width and height of the reference pictures in pixels; None without references.
         has_masks: True if the last of each row's further pictures is a mask.
-        further: digests of the files of each row's references, and last of its mask.
+        brings_control: True if a control image is the last one of these, or the one before the mask.
+        further: digests of the files of each row's references, its control image, and its mask.
     """
 
     split: str
@@ -89,6 +90,7 @@ class PlannedPart:
     reference_size: Size | None = None
     has_masks: bool = False
     further: list[tuple[str, ...]] | None = None
+    brings_control: bool = False
 
     def record(self) -> PartRecord:
         """Return the part's record in the dataset's list of parts."""
@@ -150,8 +152,7 @@ def plan_parts(
         in_chunk += len(table)
         last = number + 1 == len(entries)
         if last or in_chunk >= ROWS_A_CHUNK or entries[number + 1].source != entry.source:
-            with_texts = data.captioning.model is not None
-            yield from _cut(groups, entry.source, chunk, with_texts, reference_sizes, data.has_masks)
+            yield from _cut(groups, entry.source, chunk, data, reference_sizes)
             groups, in_chunk, chunk = {}, 0, chunk + 1
 
 
@@ -159,13 +160,12 @@ def _cut(
     groups: dict[_Group, list[_Row]],
     source: int,
     chunk: int,
-    with_texts: bool,
+    data: DataConfig,
     reference_sizes: Mapping[Size, Size] | None,
-    has_masks: bool,
 ) -> Iterator[PlannedPart]:
     for (split, fold, bucket, value), group in groups.items():
         size = reference_sizes[bucket] if reference_sizes else None
-        pixels = bucket[0] * bucket[1]
+        pixels = bucket[0] * bucket[1] * (1 + data.has_control)
         if size:
             pixels += size[0] * size[1] * len(group[0][-1])
         limit = min(MAX_ROWS_A_PART, max(8, PIXELS_A_PART // (3 * pixels)))
@@ -187,11 +187,12 @@ def _cut(
                 list(digests),
                 list(keys),
                 f"{name}.parquet",
-                list(texts) if with_texts else None,
+                list(texts) if data.captioning.model is not None else None,
                 value,
                 size,
-                has_masks,
+                data.has_masks,
                 list(further) if further[0] else None,
+                data.brings_control,
             )
 
 
@@ -213,8 +214,26 @@ class RowKeys:
         """What is stored of further pictures: models with the same encoders share the cache."""
         data, model = self.config.data, self.config.model
         stored: list[object] = [data.num_references, data.has_masks, painter(self.config) is not None]
+        stored += ["control", self._control_form] if data.brings_control else []
         family = family_in(local_path(model.base), revision=model.revision)
         return [*stored, family.pipeline_class] if family.text.sees_references else stored
+
+    @cached_property
+    def _computed(self) -> list[object]:
+        """What control images that are computed depend on beside the settings."""
+        from ray_jobs.weights.conditioner import VERSION, conditioner_digest  # imports PyTorch
+
+        data = self.config.data
+        if data.brings_control or not data.has_control:
+            return []
+        return ["computed control", self._control_form, VERSION, conditioner_digest(data.control)]
+
+    @property
+    def _control_form(self) -> str | None:
+        """What the model's ControlNets look at."""
+        model = self.config.model
+        control = family_in(local_path(model.base), revision=model.revision).control
+        return control.form if control else None
 
     def key(
         self,
@@ -229,6 +248,7 @@ class RowKeys:
         """Return the key of a row of a split."""
         depends: list[object] = [VERSION, digest, text, bucket, *self.settings, shown, *further]
         depends += self._stored if further else []
+        depends += self._computed
         if split == "train" and self.is_augmented:
             depends += [self.seed, variant, self.augmentation]
         return hashlib.sha256(json.dumps(depends).encode()).digest()[:16]

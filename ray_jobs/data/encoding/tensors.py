@@ -16,7 +16,13 @@ if TYPE_CHECKING:
     import torch
 
 # NumPy type that holds the bits of each dtype.
-STORED_AS = {"bfloat16": np.uint16, "float32": np.float32, "int32": np.int32, "bool": np.bool_}
+STORED_AS = {
+    "bfloat16": np.uint16,
+    "float32": np.float32,
+    "int32": np.int32,
+    "uint8": np.uint8,
+    "bool": np.bool_,
+}
 
 
 def tensor_column(

@@ -132,10 +132,12 @@ class Dataset:
     def pictures(self, split: str, limit: int) -> list[dict[str, Any]]:
         """Up to `limit` different pictures of a split: dicts of `text`, `image` and `references`.
 
-        Pictures are PNG bytes; `references` lists those of the row's reference pictures.
+        Pictures are PNG bytes; `references` lists those of the row's reference pictures, and last its control
+        image, if it has one.
         """
         different: dict[str, dict[str, Any]] = {}
-        columns = [reference_image(number) for number in range(self.manifest.references)]
+        count = self.manifest.references + self.manifest.control
+        columns = [reference_image(number) for number in range(count)]
         for row in self.read(split, ["text", "image", *columns]):
             if row["image"]:
                 row["references"] = [row.pop(column) for column in columns]

@@ -339,7 +339,7 @@ class DecodeBatch(Decode):
     def __call__(self, row: RayRow) -> RayRow:
         width, height = (int(side) for side in row["bucket"].split("x"))
         pixels, sizes, looked_at, size = [], [], [], row["reference_size"]
-        masks, has_masks = [], self.config.data.has_masks
+        masks, controls, settings = [], [], self.config.data
         further = zip(row.pop("further"), row.pop("further_digests"), strict=True)
         for data, digest, name, beside in zip(
             row.pop("data"), row["digest"], row["name"], further, strict=True
@@ -352,11 +352,15 @@ class DecodeBatch(Decode):
             sizes.append(fitted.sizes)
             self.require_unchanged(list(zip(*beside, strict=True)), name)
             files = list(beside[0])
-            if has_masks:
+            if settings.has_masks:
                 masks.append(self.mask(files.pop(), "train", (width, height), digest, row["epoch"]))
+            if settings.has_control:
+                control = self.open(files.pop(), (width, height)) if settings.brings_control else picture
+                controls.append(self.control(control, "train", (width, height), digest, row["epoch"]))
             if size:
                 looked_at.append(self.references(files, "train", tuple(size), digest, row["epoch"]))
         row["masks"] = np.stack(masks).tobytes() if masks else b""
+        row["controls"] = np.stack(controls).tobytes() if controls else b""
         row["references"] = np.stack(looked_at).tobytes() if looked_at else b""
         row["reference_shape"] = list(np.stack(looked_at).shape) if looked_at else []
         return row | {"pixels": np.stack(pixels).tobytes(), "conditioning": sizes}
@@ -379,7 +383,11 @@ class EncodeBatch(EncodeRows):
         masks = None
         if row["masks"]:
             masks = np.frombuffer(row["masks"], np.uint8).reshape(pixels.shape[:3])
-        tensors = self.encode(pixels, [str(text) for text in row["text"]], references, masks)
+        controls = None
+        if row["controls"]:
+            fitted = np.frombuffer(row["controls"], np.uint8).reshape(pixels.shape)
+            controls = self.control_images(fitted)
+        tensors = self.encode(pixels, [str(text) for text in row["text"]], references, masks, controls)
         arrays = {name: as_numpy(tensor) for name, tensor in tensors.items()}
         arrays[SOURCE] = np.array(row["source"], np.int32)
         arrays["conditioning"] = np.array([list(sizes) for sizes in row["conditioning"]], np.int32)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from cluster.storage import Storage
 from ray_jobs.config import ConfigError, SourceConfig
+from ray_jobs.config.data import FURTHER_COLUMNS
 from ray_jobs.data.sources import annotations, arrow, dreambooth, folders, metadata, parquet, webdataset
 from ray_jobs.data.sources.captions import AS_WRITTEN, CaptionRules, OptionalCaptions
 from ray_jobs.data.sources.listing import Listing, list_files
@@ -76,7 +77,7 @@ def open_source(
         source = kind.open()
         if source.further_columns != tuple(config.further_columns):  # subjects and annotation exports
             raise ConfigError(
-                f"{config.path}: reference_columns, mask_column: the pictures of {kind.example} have no "
+                f"{config.path}: {FURTHER_COLUMNS}: the pictures of {kind.example} have no "
                 "others; describe them in a metadata.jsonl with a column of file names for each, or remove it"
             )
         used = set(kind.files)

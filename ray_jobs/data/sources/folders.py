@@ -174,8 +174,8 @@ def open_caption_files(
     for column in columns:
         if not any(name.startswith(f"{column}/") for name in listing.pictures()):
             raise ConfigError(
-                f"{listing.name}: has no pictures in {column}/, which reference_columns or mask_column "
-                "names; put the others there, under the names of the pictures, or correct it"
+                f"{listing.name}: has no pictures in {column}/, which reference_columns, control_column or "
+                "mask_column names; put the others there, under the names of the pictures, or correct it"
             )
     stems = {posixpath.splitext(name)[0]: name for name in reversed(listing.pictures())}
     rows = []

@@ -109,7 +109,7 @@ def _rows(
         raise ConfigError(
             legible(
                 f"{where}: no line has a field {never[0]!r} (the last has {', '.join(fields)}); correct the "
-                "source's reference_columns or mask_column"
+                "source's reference_columns, control_column or mask_column"
             )
         )
 

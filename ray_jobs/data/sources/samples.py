@@ -40,7 +40,9 @@ class Sample:
     problem: Rejected | None  # why it cannot be used, found without decoding the picture
     repaired: bool = False  # True if the caption was repaired: see `captions`
     lines: int = 1  # lines of the caption in its source
-    further: tuple[bytes, ...] = ()  # contents of the files of its references, and last of its mask
+    further: tuple[
+        bytes, ...
+    ] = ()  # contents of the files of its references, its control image, and its mask
 
 
 @dataclass(frozen=True)

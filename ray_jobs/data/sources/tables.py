@@ -232,7 +232,8 @@ def find_columns(
 def _require_pictures(where: str, schema: pa.Schema, element: Element) -> None:
     """Raise ConfigError if a column has no further pictures, or is a list where none is meant."""
     column, place = element
-    kind = schema.field(_require(where, schema, column, "reference_columns or mask_column")).type
+    fields = "reference_columns, control_column or mask_column"
+    kind = schema.field(_require(where, schema, column, fields)).type
     inner = _elements(kind)
     if place is None and inner is not None:
         raise ConfigError(
@@ -240,14 +241,11 @@ def _require_pictures(where: str, schema: pa.Schema, element: Element) -> None:
             f"{column}[0], {column}[1], ..."
         )
     if place is not None and inner is None:
-        raise ConfigError(
-            f"{where}: column {column!r} is {kind}, not a list; correct the source's reference_columns or "
-            "mask_column"
-        )
+        raise ConfigError(f"{where}: column {column!r} is {kind}, not a list; correct the source's {fields}")
     if not _is_picture(kind if inner is None else inner):
         raise ConfigError(
             f"{where}: column {column!r} is {kind}, not binary or a struct with bytes; correct the source's "
-            "reference_columns or mask_column"
+            f"{fields}"
         )
 
 
