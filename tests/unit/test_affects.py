@@ -111,7 +111,7 @@ def another(annotation: Any, value: Any) -> Any:
     if isinstance(value, dict):
         return {"other": [1]}
     if isinstance(value, list | tuple):
-        return [*value, *value] if value else None
+        return [*value, *value] if value else ["x"]
     kinds = {int: 7, float: 0.5, str: "x", bool: True}
     return next((kinds[kind] for kind in get_args(annotation) if kind in kinds), [])
 
@@ -148,7 +148,7 @@ def test_what_a_step_of_prepare_is_repeated_for_affects_the_data_set(step: str, 
     }
     before = keys[step](config)
     found = {
-        path: {Effect.ENCODINGS, Effect.DATASET}.intersection(effects)
+        path: {Effect.IMAGES, Effect.ENCODINGS, Effect.DATASET}.intersection(effects)
         for path, effects, other in changed(config)
         if path != "storage" and keys[step](other) != before
     }
