@@ -25,9 +25,9 @@ from cluster.storage import Storage
 from ray_jobs.config import Config, LocalConfig
 from ray_jobs.data.curation.scan import Entry
 from ray_jobs.data.curation.splits import content_digest
-from ray_jobs.data.encoding.encoding import EncodeRows, encode_parts
+from ray_jobs.data.encoding.encoding import EncodeRows, Planned, encode_parts
 from ray_jobs.data.encoding.geometry import fit
-from ray_jobs.data.encoding.plan import PlannedPart, plan_parts
+from ray_jobs.data.encoding.plan import PlannedPart, Planner, chunks
 from ray_jobs.data.encoding.tensors import tensor_column
 from ray_jobs.data.preparation import examine, open_sources
 from ray_jobs.data.sources.samples import Piece, Sample, Source
@@ -48,6 +48,7 @@ class Work:
     sources: list[Source]
     entries: list[Entry]
     parts: list[PlannedPart]
+    planned: Planned
 
 
 @dataclass
@@ -108,8 +109,10 @@ def measure(folder: Path) -> dict[str, Any]:
         sources = open_sources(config)
         entries, decisions = examine(config, sources, storage)
         square = (config.data.resolution, config.data.resolution)
-        parts = list(plan_parts(config, entries, storage.child("index"), decisions, [square]))
-        work = Work(config, sources, entries, parts)
+        planner = Planner.of(config, decisions, [square])
+        chunked = list(chunks(entries, decisions))
+        parts = [part for chunk in chunked for part in planner.parts(chunk)]
+        work = Work(config, sources, entries, parts, Planned(planner, chunked))
         options = ray.data.DataContext.get_current().execution_options
         options.resource_limits = options.resource_limits.copy(cpu=CPUS)
         # Nothing is read before the encoder is loaded: else much would be decoded before the clock starts.
@@ -158,7 +161,8 @@ def stream(work: Work, cache: Storage) -> dict[str, float]:
     first_read = Path(f"{cache.path}-first-read")
     watched = [Watched(each.name, each.num_rows, [], each, first_read) for each in work.sources]
     started = time.time()
-    encode_parts(work.config, watched, work.entries, work.parts, cache, lambda done, whole: None)
+    outlines = [part.outline() for part in work.parts]
+    encode_parts(work.config, watched, work.entries, work.planned, outlines, cache, lambda done, whole: None)
     return _figures(work, cache, started, first_read.stat().st_mtime)
 
 

@@ -30,7 +30,8 @@ from ray_jobs.config import Config
 from ray_jobs.data.curation.decisions import decide
 from ray_jobs.data.curation.findings import write_findings
 from ray_jobs.data.curation.scan import SCHEMA, entries, scan_sample
-from ray_jobs.data.encoding.plan import plan_parts
+from ray_jobs.data.encoding.outlines import outline
+from ray_jobs.data.encoding.plan import Planner, chunks
 from ray_jobs.data.feeding.order import Order, Part
 from ray_jobs.data.manifest import describe
 from ray_jobs.data.preparation import open_sources
@@ -112,13 +113,16 @@ def measure(folder: Path, size: int) -> dict[str, float]:
             found = entries(sources, config.data)
         with told("decide"):
             decisions = decide(config, found, storage.child("index"), storage)
-            write_findings(found, storage.child("index"), decisions, storage)
+            write_findings(decisions, config, storage)
         with told("plan"):
-            parts = list(plan_parts(config, found, storage.child("index"), decisions, [(SIDE, SIDE)]))
-            counts = Counter[str]()
+            planner = Planner.of(config, decisions, [(SIDE, SIDE)])
+            workers = decisions.rows.workers()
+            outlines = outline(planner, chunks(found, decisions), len(decisions.rows), workers)
+            parts, counts = outlines.parts, Counter[str]()
             for part in parts:
-                counts[part.split] += len(part.rows)
-            manifest = json.dumps(describe(config, sources, decisions, parts, counts).fields())
+                counts[part.split] += part.num_rows
+            described = describe(config, sources, decisions, parts, counts, outlines.digest)
+            manifest = json.dumps(described.fields())
             records = [part.record() for part in parts]
     with told("order"):
         training = [Part(part["rows"]) for part in records if part["split"] == "train"]

@@ -1,6 +1,5 @@
 """Manifest of a dataset: its sources, the decisions on their pictures, and a check that enough remain."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,7 +10,7 @@ from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.data.curation.cleaning import QUALITY_CHECKS
 from ray_jobs.data.curation.decisions import Decisions
-from ray_jobs.data.encoding.plan import PlannedPart
+from ray_jobs.data.encoding.plan import PartOutline
 from ray_jobs.data.feeding.mixture import mixture
 from ray_jobs.data.feeding.order import Order, Part
 from ray_jobs.data.references import num_before
@@ -27,19 +26,19 @@ def describe(
     config: Config,
     sources: Sequence[Source],
     decisions: Decisions,
-    parts: Sequence[PlannedPart],
+    parts: Sequence[PartOutline],
     counts: Counter[str],
+    digest: str = "",
 ) -> Manifest:
-    """Compose the manifest from the sources and the decisions on their pictures."""
-    data = config.data
-    digests = sorted(
-        f"{part.split} {digest} {key.hex()}"
-        for part in parts
-        for digest, key in zip(part.digests, part.keys, strict=True)
-    )
-    set_aside = Counter(str(reason) for reason in decisions.reasons if reason)
-    folds = Counter(part.fold for part in parts for v in part.variants if part.split in FOLDED and v == 0)
-    matched = decisions.matched >= 0
+    """Compose the manifest from the sources and the decisions on their pictures.
+
+    Args:
+        digest: digest of the rows of all parts.
+    """
+    data, set_aside, folds = config.data, decisions.reasons.counts(), Counter[int]()
+    for part in parts:
+        if part.split in FOLDED:
+            folds[part.fold] += part.num_pictures
     mixed = _mixed(config, parts)
     return Manifest(
         train=counts["train"],
@@ -53,7 +52,7 @@ def describe(
         no_pictures=dict(sorted(decisions.no_pictures.items())),
         duplicates=Duplicates(
             mode=data.cleaning.duplicates,
-            groups=len(np.unique(decisions.matched[matched])),
+            groups=len(np.unique(decisions.matches.firsts)),
             pictures=sum(decisions.duplicates.values()),
         ),
         source=_shares(sources, parts, mixed),
@@ -80,19 +79,19 @@ def describe(
         judged=decisions.num_judged,
         references=num_before(config),
         control=data.has_control,
-        digest=hashlib.sha256("\n".join(digests).encode()).hexdigest(),
+        digest=digest,
     )
 
 
 class _Mixed(NamedTuple):
     """Training parts, numbered by what is mixed (a source, or a value of data.balance), in their order."""
 
-    parts: Sequence[PlannedPart]
+    parts: Sequence[PartOutline]
     records: Sequence[Part]
     order: Order
 
 
-def _mixed(config: Config, parts: Sequence[PlannedPart]) -> _Mixed | None:
+def _mixed(config: Config, parts: Sequence[PartOutline]) -> _Mixed | None:
     """Return the training rows as an epoch has them, to count them; None if there are none."""
     training = [part for part in parts if part.split == "train"]
     if not training:
@@ -103,12 +102,12 @@ def _mixed(config: Config, parts: Sequence[PlannedPart]) -> _Mixed | None:
 
 
 def _shares(
-    sources: Sequence[Source], parts: Sequence[PlannedPart], mixed: _Mixed | None
+    sources: Sequence[Source], parts: Sequence[PartOutline], mixed: _Mixed | None
 ) -> list[SourceShare]:
     """Kept rows per source, and their realised share in a training epoch."""
     rows = Counter[int]()
     for part in parts:
-        rows[part.source] += int((part.variants == 0).sum())
+        rows[part.source] += part.num_pictures
     shares: dict[int, float] = {}
     if mixed:
         of_group, whole, own = mixed.order.shares(), Counter[int](), Counter[tuple[int, int]]()
@@ -124,7 +123,7 @@ def _shares(
     ]
 
 
-def balance_line(config: Config, parts: Sequence[PlannedPart]) -> str | None:
+def balance_line(config: Config, parts: Sequence[PartOutline]) -> str | None:
     """Return the line that says how rows are repeated for `data.balance`; None without it.
 
     Raises:
@@ -135,7 +134,7 @@ def balance_line(config: Config, parts: Sequence[PlannedPart]) -> str | None:
         return None
     for part in parts:
         if part.split == "train":
-            rows[part.value or ""] += len(part.rows)
+            rows[part.value or ""] += part.num_rows
     if not 1 < len(rows) <= MOST_VALUES:
         raise ConfigError(
             f"data.balance: {column}: the training pictures have {len(rows):,} values of it, but 2 to "
@@ -149,7 +148,7 @@ def balance_line(config: Config, parts: Sequence[PlannedPart]) -> str | None:
     )
 
 
-def _bucket_rows(config: Config, parts: Sequence[PlannedPart]) -> dict[str, Bucket]:
+def _bucket_rows(config: Config, parts: Sequence[PartOutline]) -> dict[str, Bucket]:
     """Training rows of every bucket, their number of whole batches, and the remaining rows.
 
     The remaining rows are not lost: they start the bucket's first batch of the next epoch.
@@ -157,7 +156,7 @@ def _bucket_rows(config: Config, parts: Sequence[PlannedPart]) -> dict[str, Buck
     rows = Counter[str]()
     for part in parts:
         if part.split == "train":
-            rows[part.record()["bucket"]] += len(part.rows)
+            rows[part.record()["bucket"]] += part.num_rows
     size = config.train.training_rows
     return {
         bucket: Bucket(rows=count, steps=count // size, rows_over=count % size)

@@ -33,9 +33,10 @@ from ray_jobs.data.encoding.class_pictures import (
     class_image_counts,
     generate_class_pictures,
 )
-from ray_jobs.data.encoding.encoding import EMPTY_CAPTION, encode_parts
+from ray_jobs.data.encoding.encoding import EMPTY_CAPTION, Planned, encode_parts
 from ray_jobs.data.encoding.long_captions import long_captions
-from ray_jobs.data.encoding.plan import PlannedPart, plan_parts
+from ray_jobs.data.encoding.outlines import outline
+from ray_jobs.data.encoding.plan import PartOutline, Planner, chunks, plan_parts
 from ray_jobs.data.encoding.shapes import picture_shapes, reference_sizes
 from ray_jobs.data.encoding.subject_words import FEWEST, check_subjects
 from ray_jobs.data.feeding.dataset import PARTS, Dataset, Votes
@@ -160,19 +161,21 @@ def prepare_set(
             dataset.storage,
             _progress("captioned"),
         )
-        write_findings(found, dataset.storage.child(INDEX), decisions, dataset.storage)
-    manifest, parts = _plan(config, sources, found, decisions, dataset.storage)
+        write_findings(decisions, config, dataset.storage)
+    planner = Planner.of(config, decisions, picture_shapes(config), reference_sizes(config))
+    manifest, parts = _plan(config, sources, found, decisions, planner)
     require_enough(config, manifest, dataset.storage)
     if is_trained:
         _check_length(config, manifest)
     if check:
         check()
-    streamed = [part for part in parts if part.split == "train"] if config.data.encode == "stream" else []
-    kept = [part for part in parts if part.split != "train"] if streamed else parts
-    cut = long_captions(config, found, dataset.storage.child(INDEX), decisions)
+    streams = config.data.encode == "stream" and any(part.split == "train" for part in parts)
+    kept = [part for part in parts if part.split != "train"] if streams else parts
+    cut = long_captions(config, decisions)
     phase("encoding")
-    encoded = encode_parts(config, sources, found, kept, dataset.cache, _progress("encoded"))
-    rows = sum(len(part.rows) for part in kept)
+    planned = Planned(planner, chunks(found, decisions))
+    encoded = encode_parts(config, sources, found, planned, kept, dataset.cache, _progress("encoded"))
+    rows = sum(part.num_rows for part in kept)
     say("prepare", f"{encoded:,} rows encoded, {rows - encoded:,} already in the cache")
     _say_cut(cut)
     dataset.storage.write_text(PARTS, json.dumps([part.record() for part in kept]))
@@ -181,7 +184,11 @@ def prepare_set(
         content = former  # trainings on disk are recognised by it
     manifest |= {"inputs": inputs[0], "content": content, "encoders": encoders}
     manifest.write(dataset.storage)
-    live = Live.share([source.reader() for source in sources], found, streamed) if streamed else None
+    live = None
+    if streams:
+        every = plan_parts(config, found, decisions, planner.buckets, planner.reference_sizes)
+        streamed = [part for part in every if part.split == "train"]
+        live = Live.share([source.reader() for source in sources], found, streamed)
     return Dataset(dataset.storage, dataset.cache, manifest, live)
 
 
@@ -222,7 +229,7 @@ def _inputs(
     )
 
 
-def _content(config: Config, parts: Sequence[PlannedPart], encoders: str, as_before: bool = False) -> str:
+def _content(config: Config, parts: Sequence[PartOutline], encoders: str, as_before: bool = False) -> str:
     """Digest of the training input: the rows and their order, independent of the pictures' locations.
 
     Args:
@@ -281,7 +288,7 @@ def examine(config: Config, sources: Sequence[Source], storage: Storage) -> tupl
     index = storage.child(INDEX)
     scan(sources, found, config.data, index, _progress("scanned"))
     decisions = decide(config, found, index, storage)
-    write_findings(found, index, decisions, storage)
+    write_findings(decisions, config, storage)
     return found, decisions
 
 
@@ -289,15 +296,15 @@ def require_photos(
     sources: Sequence[Source], found: Sequence[Entry], decisions: Decisions, storage: Storage
 ) -> None:
     """Raise ConfigError if too few different photos of a subject are left."""
-    of_row = np.repeat([entry.source for entry in found], decisions.counts)
     for number, source in enumerate(sources):
         if not isinstance(source, Subject):
             continue
-        mine = (of_row == number) & (decisions.splits != "class")
-        left = int((decisions.reasons[mine] == "").sum())
+        rows = decisions.rows.of_source(found, number)
+        mine = np.array(rows, np.int64)
+        reasons = decisions.reasons.at(mine[~decisions.splits.at(mine).are("class")]).counts()
+        left = reasons.pop("", 0)
         if left < FEWEST:
-            reasons = Counter(reason for reason in decisions.reasons[mine] if reason).most_common()
-            why = ", ".join(f"{count} {reason}" for reason, count in reasons)
+            why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
             raise ConfigError(
                 f"{source.name}: {left} of {source.num_photos} photos are left ({why}); a subject needs at "
                 f"least {FEWEST} that differ: add some from other sides and places "
@@ -307,7 +314,7 @@ def require_photos(
 
 def _expected(config: Config, sources: Sequence[Source], decisions: Decisions) -> Manifest:
     """Return the manifest of an examined dataset if all its pictures get captions, without its parts."""
-    kept = Counter[str](decisions.splits[decisions.reasons == ""].tolist())
+    kept = decisions.splits.at(decisions.kept).counts()
     return describe(config, sources, decisions, [], kept)
 
 
@@ -316,18 +323,17 @@ def _plan(
     sources: Sequence[Source],
     found: Sequence[Entry],
     decisions: Decisions,
-    storage: Storage,
-) -> tuple[Manifest, list[PlannedPart]]:
+    planner: Planner,
+) -> tuple[Manifest, list[PartOutline]]:
     """Return the manifest and the parts of an examined dataset."""
-    buckets = picture_shapes(config)
-    looked_at = reference_sizes(config)
-    parts = list(plan_parts(config, found, storage.child(INDEX), decisions, buckets, looked_at))
-    counts = Counter[str]()
+    rows = decisions.rows
+    outlines = outline(planner, chunks(found, decisions), len(rows), rows.workers())
+    parts, counts = outlines.parts, Counter[str]()
     for part in parts:
-        counts[part.split] += int((part.variants == 0).sum())
-    manifest = describe(config, sources, decisions, parts, counts)
-    manifest |= {"composition": compose(config, found, storage.child(INDEX), decisions)}
-    for fault in photo_faults(config, sources, found, storage.child(INDEX), decisions):
+        counts[part.split] += part.num_pictures
+    manifest = describe(config, sources, decisions, parts, counts, outlines.digest)
+    manifest |= {"composition": compose(config, decisions)}
+    for fault in photo_faults(config, sources, found, decisions):
         say("prepare", fault)
     if line := balance_line(config, parts):
         say("prepare", line)
@@ -339,7 +345,7 @@ def _plan(
     )
     for line in _said_of_sources(config, sources, decisions):
         say("prepare", line)
-    if bad := np.count_nonzero(decisions.reasons[decisions.num_own :]):
+    if bad := int((~decisions.kept[decisions.num_own :]).sum()):
         say("prepare", f"rejected class pictures of the base model: {bad:,}")
     if manifest.class_ and not config.train.prior_loss_weight:
         say(
@@ -431,12 +437,13 @@ def dry_run(config: Config) -> str:
     storage = RunFolder.of(config).dataset
     found, decisions = examine(config, sources, storage)
     announce_captions(config, found, storage.child(INDEX), decisions, storage)
-    manifest, _ = _plan(config, sources, found, decisions, storage)
-    _say_cut(long_captions(config, found, storage.child(INDEX), decisions))
+    planner = Planner.of(config, decisions, picture_shapes(config), reference_sizes(config))
+    manifest, _ = _plan(config, sources, found, decisions, planner)
+    _say_cut(long_captions(config, decisions))
     page = write_dataset_page(
         source=", ".join(source.name for source in sources),
         manifest=manifest,
-        examples=examples(config, sources, found, storage.child(INDEX), decisions),
+        examples=examples(config, sources, found, decisions),
         seen=decisions.num_judged + len(decisions.reasons) - decisions.num_own,
         max_rejected=config.data.cleaning.max_rejected,
     )

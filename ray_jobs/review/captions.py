@@ -14,6 +14,7 @@ from typing import Any
 from cluster.lease import Lease, Owner
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, SourceConfig, resolve_path
+from ray_jobs.data.curation.line_parts import REJECTED, read_lines
 from ray_jobs.data.curation.scan import entries, read_index
 from ray_jobs.data.encoding.captioning import EDITED, captions_file, own_caption, picture_name
 from ray_jobs.data.preparation import INDEX, open_sources
@@ -215,7 +216,7 @@ class WrittenCaptions(Captions):
                 "this configuration first"
             )
         places = [_places(file) for file in files]
-        rejected = _lines(dataset, "rejected.jsonl").rows
+        rejected = read_lines(dataset, REJECTED)
         empty = {row["file_name"] for row in rejected if row["reason"] == "empty_caption"}
         items, columns = list[Listed](), ["row", "name", "text", "role", "reason", "lines", "stratum"]
         for entry, table in zip(found, read_index(index, [e.file for e in found], columns), strict=True):

@@ -10,10 +10,10 @@ import pytest
 
 from cluster.storage import Storage
 from ray_jobs.config import Config, Effect, Section, SourceConfig
-from ray_jobs.data.curation.decisions import _split_settings
+from ray_jobs.data.curation.assigned import split_settings
 from ray_jobs.data.curation.scan import entries
 from ray_jobs.data.encoding.class_pictures import SETTINGS, _folder
-from ray_jobs.data.encoding.plan import RowKeys
+from ray_jobs.data.encoding.row_keys import RowKeys
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.data.preparation import _content, _inputs
 from ray_jobs.data.sources.detection import open_source
@@ -143,7 +143,7 @@ def test_what_a_step_of_prepare_is_repeated_for_affects_the_data_set(step: str, 
     source = open_source(SourceConfig(path=str(caption_files(tmp_path / "pictures"))), None)
     keys: dict[str, Callable[[Config], str]] = {
         "scan": lambda config: entries([source], config.data)[0].file,
-        "split": _split_settings,
+        "split": split_settings,
         "class images": lambda config: _folder(config, "model", "a dog").uri,
     }
     before = keys[step](config)

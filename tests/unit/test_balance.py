@@ -39,9 +39,7 @@ class Planned:
             index.write_bytes(entry.file, buffer.getvalue())
         dataset = Storage.open(str(folder.parent / "dataset"))
         self.decisions: Decisions = decide(self.config, self.found, index, dataset)
-        self.parts: list[PlannedPart] = list(
-            plan_parts(self.config, self.found, index, self.decisions, [(32, 32)])
-        )
+        self.parts: list[PlannedPart] = list(plan_parts(self.config, self.found, self.decisions, [(32, 32)]))
 
     def of(self, split: str) -> list[PlannedPart]:
         return [part for part in self.parts if part.split == split]
@@ -75,12 +73,13 @@ def test_every_value_comes_equally_often_and_no_row_is_left_out(folder: Path) ->
         for number in range(len(training))
     }
     assert times == {"cat": {2}, "dog": {10}, "": {20}} and len(seen) == 39
-    assert balance_line(planned.config, planned.parts) == (
+    outlines = [part.outline() for part in planned.parts]
+    assert balance_line(planned.config, outlines) == (
         "data.balance: 3 values of kind come equally often in training; an epoch has 90 rows for 39, and "
         "repeats those of the rarest value ((empty), 3 rows) 10 times"
     )
     counts = Counter[str]()
-    manifest = describe(planned.config, [planned.source], planned.decisions, planned.parts, counts)
+    manifest = describe(planned.config, [planned.source], planned.decisions, outlines, counts)
     assert [source.share for source in manifest.source] == pytest.approx([1.0])
 
 
@@ -92,7 +91,7 @@ def test_splits_and_rows_are_as_without_it_and_so_are_records(folder: Path) -> N
     assert {part.value for part in balanced.of("validation")} <= set(COUNTS)
     assert {part.record().get("value") for part in balanced.of("test")} == {""}
     assert not [part for part in plain.parts if "value" in part.record()]
-    assert balance_line(plain.config, plain.parts) is None
+    assert balance_line(plain.config, [part.outline() for part in plain.parts]) is None
 
 
 def test_a_column_that_is_missing_or_of_no_use_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -107,7 +106,7 @@ def test_a_column_that_is_missing_or_of_no_use_is_refused(folder: Path, tmp_path
         write(tmp_path / "one", {"0.png": noise(0), "metadata.jsonl": lines([ROW])}), "data.balance=kind"
     )
     with pytest.raises(ConfigError, match="the training pictures have 1 values of it, but 2 to 256 can be"):
-        balance_line(one.config, one.parts)
+        balance_line(one.config, [part.outline() for part in one.parts])
 
 
 ROW = {"file_name": "0.png", "text": "a", "kind": "cat"}

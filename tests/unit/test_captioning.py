@@ -318,7 +318,8 @@ def test_all_pictures_get_one_and_the_sources_captions_stay_beside_it(
     scanned.keep({noise(0): "a cat", noise(1): "a dog"})
     found, decided = scanned.write()
     assert scanned.rows(found) == [("0.png", "a cat"), ("0.png", "a cat"), ("1.png", "a dog")]
-    assert decided.reasons.tolist() == ["", "duplicate", ""] and decided.matched.tolist() == [-1, 0, -1]
+    assert decided.reasons.tolist() == ["", "duplicate", ""]
+    assert decided.matches.of(0, 3).tolist() == [-1, 0, -1]
     assert (decided.num_captions, decided.num_written, decided.num_of_lines) == (2, 2, 0)
     by = {"written_by": str(captioner)}
     assert scanned.listed() == [
@@ -401,7 +402,7 @@ def test_parts_have_the_captions_of_the_index_not_those_of_the_source(scan: Scan
     scanned = scan(folder)
     scanned.keep({noise(0): "a cat"})
     found, decided = scanned.write()
-    [part] = plan_parts(scanned.config, found, scanned.index, decided, [(32, 32)])
+    [part] = plan_parts(scanned.config, found, decided, [(32, 32)])
     assert part.texts == ["a cat", "my own"]
     read = {(0, sample.row): sample for sample in samples(scanned.source)}
     assert _gathered(part, read)["text"] == ["a cat", "my own"]
@@ -445,7 +446,7 @@ def test_written_captions_are_corrected_in_the_runs_list_and_read_again(
     ):
         open_captions(scanned.config)
     scanned.keep({noise(0): "a cat", noise(1): "", noise(3): "a bee"})
-    write_findings(scanned.found, scanned.index, scanned.write()[1], scanned.dataset)
+    write_findings(scanned.write()[1], scanned.config, scanned.dataset)
     captions = open_captions(scanned.config)
     assert listed(captions) == [("0.png", "a cat"), ("1.png", ""), ("2.png", "my own"), ("3.png", "a bee")]
     for number, text in enumerate(["the cat", "a dog", "our own"]):
@@ -475,7 +476,7 @@ def test_pictures_in_tar_files_are_read_some_at_a_time(scan: Scan, tmp_path: Pat
     write_tar(tmp_path / "set" / "s.tar", {f"{n}.png": noise(n) for n in range(3)})
     scanned = scan(tmp_path / "set")
     scanned.keep({noise(n): f"a {n}" for n in range(3)})
-    write_findings(scanned.found, scanned.index, scanned.write()[1], scanned.dataset)
+    write_findings(scanned.write()[1], scanned.config, scanned.dataset)
     review = Review(scanned.config)
     assert [item.text for item in review.captions.items] == ["a 0", "a 1", "a 2"]
     assert all((review.pictures.jpeg(n, 320) or b"").startswith(b"\xff\xd8") for n in range(3))

@@ -40,7 +40,7 @@ def test_kept_pictures_are_counted_by_words_captions_sizes_brightness_and_class(
         pq.write_table(pa.Table.from_pylist(scanned, schema=SCHEMA), buffer)
         index.write_bytes(entry.file, buffer.getvalue())
     config = with_duplicates(config, "ignore")
-    told = compose(config, found, index, decide(config, found, index, Storage.open(str(tmp_path / "out"))))
+    told = compose(config, decide(config, found, index, Storage.open(str(tmp_path / "out"))))
     assert told.pictures == 9 and told.column == "kind"
     assert told.words == {"ball": 9, "cat's": 8, "mat": 8, "two": 1, "dogs": 1, "one": 1, "dog's": 1}
     assert told.repeated == {"A cat's ball, on the mat": 8} and told.num_repeated == 8

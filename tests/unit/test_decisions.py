@@ -13,8 +13,10 @@ from PIL import Image
 
 from cluster.storage import Storage
 from ray_jobs.config import Config, SourceConfig, load_config
-from ray_jobs.data.curation.decisions import connected, decide
+from ray_jobs.data.curation.decisions import decide
 from ray_jobs.data.curation.findings import write_findings
+from ray_jobs.data.curation.line_parts import read_lines
+from ray_jobs.data.curation.resolution import connected
 from ray_jobs.data.curation.scan import SCHEMA, Entry, entries, scan_sample
 from ray_jobs.data.sources.captions import CaptionRules
 from ray_jobs.data.sources.samples import Source
@@ -53,18 +55,18 @@ def test_rows_of_a_picture_share_its_split_and_files_that_are_no_rows_are_counte
     index, dataset = Storage.open(str(tmp_path / "index")), Storage.open(str(tmp_path / "dataset"))
     write_index(source, found, config, index)
     decided = decide(config, found, index, dataset)
-    kept = decided.reasons == ""
+    kept = decided.kept
     assert (
         kept.sum() == 60
         and decided.num_captions == 60
         and (decided.num_repaired, decided.num_of_lines) == (3, 60)
     )
-    for each in (decided.splits, decided.folds):
+    for each in (decided.splits.codes, decided.folds):
         assert (each[kept].reshape(30, 2)[:, 0] == each[kept].reshape(30, 2)[:, 1]).all()
     assert decided.rejected == {"missing_caption": 1} and decided.num_judged == 61
     assert decided.left_out == {"unusable_link": 1}
     assert decided.no_pictures == {".md": 1, "without a suffix": 1}
-    write_findings(found, index, decided, dataset)
+    write_findings(decided, config, dataset)
     written = dataset.read_text("rejected.jsonl")
     assert '"bare.png"' in written and '"linked"' in written and "1 .md, 1 without a suffix" in written
 
@@ -114,4 +116,6 @@ def test_references_are_of_sizes_like_pictures_whatever_they_show(tmp_path: Path
         "night": "",
         "small": "too_small",
     }
-    assert decided.details[sorted(before).index("small")].startswith("reference 1: shorter side 20 is below")
+    write_findings(decided, config, dataset)
+    details = {line["file_name"]: line["detail"] for line in read_lines(dataset, "rejected.jsonl")}
+    assert details["small.png"].startswith("reference 1: shorter side 20 is below")

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from ray_jobs.config import ConfigError
 from ray_jobs.data.curation import duplicates
-from ray_jobs.data.curation.decisions import resolve
 from ray_jobs.data.curation.duplicates import Pairs, least_cost, make_tables, near_pairs
+from ray_jobs.data.curation.resolution import resolve
 
 NO_PAIRS = np.empty((0, 2), np.int64)
 FIXED = settings(deadline=None, derandomize=True, max_examples=60)

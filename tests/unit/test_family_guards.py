@@ -1,6 +1,5 @@
 """What is refused or told about a model's family before anything starts."""
 
-import io
 import json
 import shutil
 from bisect import bisect_left
@@ -12,13 +11,12 @@ from typing import Any
 
 import diffusers
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError
+from ray_jobs.data.curation.rows import gather_rows
 from ray_jobs.data.encoding.long_captions import count
 from ray_jobs.diffusion.families import family_of
 from ray_jobs.diffusion.sampling import sample_pictures
@@ -26,6 +24,7 @@ from ray_jobs.planning.checks import check_stages
 from ray_jobs.weights.loading import load_pipeline, load_tokenizers
 from serving.engine.engine import Engine
 from serving.request import Request, RequestError
+from tests.indexed import indexed, write_rows
 from tests.serving import plain_diffusers
 from tests.tiny_models import MODELS
 
@@ -220,11 +219,10 @@ def test_prepare_says_how_many_captions_of_the_set_are_cut(
     base, index = tiny("StableDiffusionPipeline"), Storage.open(str(tmp_path))
     long = "a small red circle " * 9
     for file, captions in {"a": ["red", long], "b": [long, long, "blue"]}.items():
-        content = io.BytesIO()
-        pq.write_table(pa.table({"text": captions}), content)
-        index.write_bytes(file, content.getvalue())
+        write_rows(index, file, [{"text": text} for text in captions])
+    rows = gather_rows([indexed("a"), indexed("b")], index, index.child("set"))
     config = configured(base)
     kept = np.array([True, True, False, True, True])
     line = f"2 of 4 captions are longer than {base} reads, and are cut"
-    assert count(config, index, ["a", "b"], kept) == line
-    assert count(config, index, ["a", "b"], kept & [True, False, True, False, True]) is None
+    assert count(config, rows, kept) == line
+    assert count(config, rows, kept & [True, False, True, False, True]) is None

@@ -1,20 +1,33 @@
 """Pictures keep their split and fold, whatever else is in the set."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import pytest
 
 from ray_jobs.data.curation.splits import (
     Shares,
+    are_floor_candidates,
     content_digest,
     even_folds,
-    fold_of,
-    is_floor_candidate,
+    folds_of,
     split_of,
+    splits_of,
     stratified_splits,
 )
-from ray_jobs.run.split import SplitName
+from ray_jobs.run.split import SPLITS, SplitName
 
 SHARES = Shares(seed=0, validation=0.15, test=0.15)
 DIGESTS = [content_digest(str(number).encode()) for number in range(4000)]
+NAMES = [digest.encode() for digest in DIGESTS]
+
+
+def stratified(strata: Sequence[str], known: Sequence[SplitName | None]) -> list[SplitName]:
+    """Splits of pictures by their strata; `known` has the splits of those assigned before."""
+    names = sorted(set(strata))
+    codes = np.array([names.index(each) for each in strata])
+    before = np.array([-1 if each is None else SPLITS.index(each) for each in known])
+    return [SPLITS[code] for code in stratified_splits(codes, names, SHARES, before)]
 
 
 def test_a_split_depends_on_the_bytes_alone_and_shares_come_out() -> None:
@@ -31,15 +44,20 @@ def test_another_seed_splits_independently() -> None:
     assert len(again) / len(test) < 0.3
 
 
+def test_many_pictures_are_split_as_each_alone() -> None:
+    assert [SPLITS[code] for code in splits_of(NAMES, SHARES)] == [split_of(each, SHARES) for each in DIGESTS]
+
+
 def test_the_floor_has_twice_as_many_training_pictures_as_there_are_test_pictures() -> None:
-    floor = [d for d in DIGESTS if split_of(d, SHARES) == "train" and is_floor_candidate(d, SHARES)]
-    assert len(floor) > 2 * sum(split_of(d, SHARES) == "test" for d in DIGESTS)
+    splits = [split_of(digest, SHARES) for digest in DIGESTS]
+    training = [name for name, split in zip(NAMES, splits, strict=True) if split == "train"]
+    assert are_floor_candidates(training, SHARES).sum() > 2 * splits.count("test")
 
 
 @pytest.mark.parametrize("size", [20, 57, 400])
 def test_every_stratum_is_split_in_the_same_shares_to_within_about_a_picture(size: int) -> None:
     strata = ["apple", "pear", "plum"] * size
-    splits = stratified_splits(DIGESTS[: len(strata)], strata, SHARES, {})
+    splits = stratified(strata, [None] * len(strata))
     for stratum in ("apple", "pear", "plum"):
         inside = [split for split, of in zip(splits, strata, strict=True) if of == stratum]
         assert abs(inside.count("test") - 0.15 * size) <= 2
@@ -48,27 +66,23 @@ def test_every_stratum_is_split_in_the_same_shares_to_within_about_a_picture(siz
 
 def test_pictures_added_anywhere_move_none_that_are_known() -> None:
     strata = ["apple" if number % 3 else "pear" for number in range(200)]
-    before = stratified_splits(DIGESTS[:200], strata, SHARES, {})
-    known: dict[str, SplitName] = dict(zip(DIGESTS[:200], before, strict=True))
-    grown = [digest for pair in zip(DIGESTS[1000:1200], DIGESTS[:200], strict=True) for digest in pair]
-    after = stratified_splits(grown, [of for of in strata for _ in range(2)], SHARES, known)
-    found = dict(zip(grown, after, strict=True))
-    assert {digest: found[digest] for digest in known} == known
-    added = [found[digest] for digest in grown if digest not in known]
-    assert abs(added.count("test") - 0.15 * len(added)) <= 5
+    before = stratified(strata, [None] * 200)
+    known = [each for split in before for each in (None, split)]
+    after = stratified([of for of in strata for _ in range(2)], known)
+    assert after[1::2] == before
+    assert abs(after[::2].count("test") - 0.15 * 200) <= 5
 
 
 def test_pictures_appended_move_none_even_if_nothing_is_known() -> None:
     strata = ["apple" if number % 3 else "pear" for number in range(300)]
-    before = stratified_splits(DIGESTS[:200], strata[:200], SHARES, {})
-    assert stratified_splits(DIGESTS[:300], strata, SHARES, {})[:200] == before
+    assert stratified(strata, [None] * 300)[:200] == stratified(strata[:200], [None] * 200)
 
 
 def test_folds_are_even_and_independent_of_the_splits() -> None:
-    folds = [fold_of(digest, 0, 5) for digest in DIGESTS]
-    assert all(abs(folds.count(fold) - 800) < 100 for fold in range(5))
-    test = [fold for fold, digest in zip(folds, DIGESTS, strict=True) if split_of(digest, SHARES) == "test"]
-    assert all(abs(test.count(fold) - len(test) / 5) < 40 for fold in range(5))
+    folds = folds_of(NAMES, 0, 5)
+    assert (abs(np.bincount(folds, minlength=5) - 800) < 100).all()
+    test = folds[splits_of(NAMES, SHARES) == SPLITS.index("test")]
+    assert (abs(np.bincount(test, minlength=5) - len(test) / 5) < 40).all()
 
 
 @pytest.mark.parametrize("seed", range(5))

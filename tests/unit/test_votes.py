@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, load_config
-from ray_jobs.data.curation.decisions import _own_splits
+from ray_jobs.data.curation.decisions import decide
+from ray_jobs.data.curation.splits import content_digest
 from ray_jobs.data.preparation import open_sources
 from ray_jobs.data.votes import require_votes, votes_config
 from ray_jobs.metrics.votes import (
@@ -18,6 +20,7 @@ from ray_jobs.metrics.votes import (
     wrongly_ordered,
 )
 from ray_jobs.run.manifest import Manifest
+from tests.indexed import indexed, write_rows
 from tests.unit.test_sources import lines, picture, samples, write
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
@@ -82,13 +85,15 @@ def test_liked_pictures_are_of_sources_with_an_even_number(tmp_path: Path, make:
 
 def test_the_rows_of_a_prompt_are_in_one_split(tmp_path: Path) -> None:
     config = prepared_with(configured(pairs(tmp_path)))
-    captions = np.array([7, 8, 9] * 20, np.uint64)
-    names = [f"{n:064x}" for n in range(60)]
-    splits = _own_splits(config, names, np.array([""] * 60), captions, {})
-    for caption in (7, 8, 9):
-        assert len(set(splits[captions == caption])) == 1
-    many = _own_splits(config, names, np.array([""] * 60), np.arange(60, dtype=np.uint64), {})
-    assert set(many) == {"train", "validation", "test"}
+    index, dataset = Storage.open(str(tmp_path / "index")), Storage.open(str(tmp_path / "decided"))
+    texts = [*("seven", "eight", "nine") * 20, *map(str, range(60))]
+    write_rows(
+        index, "a", [{"text": text, "digest": content_digest(bytes([n]))} for n, text in enumerate(texts)]
+    )
+    splits = np.array(decide(config, [indexed("a")], index, dataset).splits.tolist())
+    for number in range(3):
+        assert len(set(splits[number:60:3])) == 1
+    assert set(splits[60:]) == {"train", "validation", "test"}
 
 
 def test_a_folder_without_votes_says_how_to_get_some(tmp_path: Path) -> None:

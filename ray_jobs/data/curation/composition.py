@@ -1,16 +1,17 @@
 """Composition of a dataset: words, repeated captions, sizes, brightness and classes of its kept pictures."""
 
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
-from cluster.storage import Storage
 from ray_jobs.config import Config
-from ray_jobs.data.curation.decisions import Decisions
-from ray_jobs.data.curation.scan import Entry, read_index
+from ray_jobs.data.curation.captions import count_captions
+from ray_jobs.data.curation.decisions import ROWS_A_PARTITION, Decisions
+from ray_jobs.data.curation.rows import Rows, Run, fixed_bytes, labelled
 from ray_jobs.run.manifest import Class, Composition, Spread
 
 MOST_WORDS, MOST_CAPTIONS, MOST_CLASSES = 40, 10, 12
@@ -27,34 +28,74 @@ EDGES = {
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 
 
-def compose(config: Config, entries: Sequence[Entry], index: Storage, decisions: Decisions) -> Composition:
-    """Describe the kept rows, by their captions and measures in the index."""
-    words, hashes, classes = Counter[str](), list[np.ndarray](), Counter[str]()
-    none = {name: np.zeros(len(edges) - 1, np.int64) for name, edges in EDGES.items()}
-    spreads = {name: defaultdict[str, np.ndarray](none[name].copy) for name in EDGES}
-    enlarged = 0
-    for table in kept_rows(entries, index, decisions, ["text", "stratum", "width", "height", "colours"]):
-        texts = table["text"].to_pylist()
-        for text in texts:
-            words.update({word for word in WORD.findall(text.casefold()) if word not in COMMON})
-        hashes.append(np.array([hash(text) for text in texts], np.int64))
+@dataclass
+class _Composed:
+    """Composition of some kept rows; that of all is the sum."""
+
+    words: Counter[str]
+    classes: Counter[str]
+    spreads: dict[str, dict[str, np.ndarray]]  # measure -> class -> counts
+    enlarged: int
+
+    @staticmethod
+    def none() -> "_Composed":
+        return _Composed(Counter(), Counter(), {name: {} for name in EDGES}, 0)
+
+    def add(self, other: "_Composed") -> None:
+        self.words.update(other.words)
+        self.classes.update(other.classes)
+        self.enlarged += other.enlarged
+        for name, of_class in other.spreads.items():
+            for value, counts in of_class.items():
+                self.spreads[name][value] = self.spreads[name].get(value, 0) + counts
+
+
+COLUMNS = ["text", "stratum", "width", "height", "colours"]
+
+
+@dataclass(frozen=True)
+class _Compose:
+    """Compose a run, of which some rows are kept."""
+
+    rows: Rows
+    resolution: int
+
+    def __call__(self, item: tuple[Run, np.ndarray]) -> _Composed:
+        run, kept = item
+        table, found = self.rows.read(run.low, run.high, COLUMNS).filter(pa.array(kept)), _Composed.none()
+        for text in table["text"].to_pylist():
+            found.words.update({word for word in WORD.findall(text.casefold()) if word not in COMMON})
         measures = {"side": shorter_sides(table), "brightness": _brightness(table)}
-        enlarged += int((measures["side"] < config.data.resolution).sum())
-        strata = np.array(table["stratum"].to_pylist(), object)
-        classes.update(strata.tolist())
-        for value in np.unique(strata):
+        found.enlarged = int((measures["side"] < self.resolution).sum())
+        codes, names = labelled(table["stratum"])
+        for code in np.unique(codes).tolist():
+            inside = codes == code
+            found.classes[names[code]] = int(inside.sum())
             for name, values in measures.items():
-                spreads[name][value] += _counts(name, values[strata == value])
-    repeated, num_repeated = _repeated(entries, index, decisions, hashes)
+                found.spreads[name][names[code]] = _counts(name, values[inside])
+        return found
+
+
+def compose(config: Config, decisions: Decisions) -> Composition:
+    """Describe the kept rows, by their captions and measures in the index."""
+    rows, kept = decisions.rows, decisions.kept & ~decisions.splits.are("class")
+    workers, whole = rows.workers(), _Composed.none()
+    items = [(run, kept[run.low : run.high]) for run in rows.runs]
+    for found in workers.each(_Compose(rows.for_tasks(), config.data.resolution), items):
+        whole.add(found)
+    words, classes, spreads = whole.words, whole.classes, whole.spreads
+    none = {name: np.zeros(len(edges) - 1, np.int64) for name, edges in EDGES.items()}
+    partitions = -(-max(len(rows), 1) // ROWS_A_PARTITION)
+    counted = count_captions(rows, kept, workers, partitions, MOST_CAPTIONS)
     column = config.data.column or ""
     even = sum(classes.values()) / max(len(classes), 1)
     scarce = sorted((n, value) for value, n in classes.items() if n < even / 2) if column else []
     return Composition(
         pictures=sum(classes.values()),
         words=dict(words.most_common(MOST_WORDS)),
-        repeated=repeated,
-        num_repeated=num_repeated,
-        enlarged=enlarged,
+        repeated=_texts(rows, kept, counted.most),
+        num_repeated=counted.repeated,
+        enlarged=whole.enlarged,
         spreads={
             name: _spread(name, sum(of_class.values(), none[name])) for name, of_class in spreads.items()
         },
@@ -72,44 +113,28 @@ def compose(config: Config, entries: Sequence[Entry], index: Storage, decisions:
     )
 
 
-def kept_rows(
-    entries: Sequence[Entry],
-    index: Storage,
-    decisions: Decisions,
-    columns: list[str],
-    source: int | None = None,
-) -> Iterator[pa.Table]:
-    """Yield the kept rows of index files, without those of class pictures.
-
-    Args:
-        source: number of the source whose files are read; None: all.
-    """
-    wanted = [n for n, entry in enumerate(entries) if source in (None, entry.source)]
-    ends = np.cumsum(decisions.counts)
-    tables = read_index(index, [entries[n].file for n in wanted], [*columns, "role"])
-    for number, table in zip(wanted, tables, strict=True):
-        kept = decisions.reasons[ends[number] - len(table) : ends[number]] == ""
-        kept &= np.array(table["role"].to_pylist(), object) == "instance"
-        if kept.any():
-            yield table.filter(pa.array(kept))
+def kept_rows(decisions: Decisions, columns: list[str], within: range) -> Iterator[pa.Table]:
+    """Yield the kept rows of each run, without those of class pictures."""
+    kept = decisions.kept & ~decisions.splits.are("class")
+    for first, table in decisions.rows.tables(columns, within):
+        chosen = kept[first : first + len(table)]
+        if chosen.any():
+            yield table.filter(pa.array(chosen))
 
 
-def _repeated(
-    entries: Sequence[Entry], index: Storage, decisions: Decisions, hashes: Sequence[np.ndarray]
-) -> tuple[dict[str, int], int]:
-    """Captions of most rows, with their numbers; and the number of rows whose caption is not the only one."""
-    if not hashes:
-        return {}, 0
-    different, counts = np.unique(np.concatenate(hashes), return_counts=True)
-    order = np.argsort(-counts, kind="stable")[:MOST_CAPTIONS]
-    most = {int(different[n]): int(counts[n]) for n in order if counts[n] > 1}
+def _texts(rows: Rows, kept: np.ndarray, most: dict[int, int]) -> dict[str, int]:
+    """Return captions, found by their hashes, with their numbers of rows."""
     found: dict[str, int] = {}
-    # Read again, since all captions of a large set are too many to keep.
-    for table in kept_rows(entries, index, decisions, ["text"]) if most else ():
-        found |= {text: most[hash(text)] for text in table["text"].to_pylist() if hash(text) in most}
+    wanted = np.array(sorted(most), np.uint64)
+    for first, table in rows.tables(["text", "text_hash"]) if most else ():
+        hashes = table["text_hash"].to_numpy()
+        places = np.flatnonzero(np.isin(hashes, wanted) & kept[first : first + len(table)])
+        of_texts, some = np.unique(hashes[places], return_index=True)
+        texts = table["text"].take(pa.array(places[some])).to_pylist()
+        found |= {text: most[int(of)] for of, text in zip(of_texts, texts, strict=True)}
         if len(found) == len(most):
             break
-    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0]))), int(counts[counts > 1].sum())
+    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
 
 
 def shorter_sides(table: pa.Table) -> np.ndarray:
@@ -119,7 +144,7 @@ def shorter_sides(table: pa.Table) -> np.ndarray:
 
 def _brightness(table: pa.Table) -> np.ndarray:
     """Mean luma of each picture, from the colours of its fields: float64, 0..255."""
-    colours = np.frombuffer(b"".join(table["colours"].to_pylist()), np.uint8).reshape(len(table), -1, 3)
+    colours = np.frombuffer(fixed_bytes(table["colours"], 48), np.uint8).reshape(len(table), -1, 3)
     return np.asarray(colours.mean(axis=1) @ LUMA)
 
 

@@ -1,39 +1,61 @@
-"""Decisions on each picture of a dataset: if it is kept, and its split and fold."""
+"""Decisions on each picture of a dataset: if it is kept, and its split and fold.
 
-import hashlib
-import io
-import itertools
-import json
-import sys
+No process holds all rows. Each run of rows is judged where it is read, and equal pictures meet in partitions
+(`copies`), whose findings are few. This process holds some bytes of each row: its label and its split.
+"""
+
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cluster.storage import Storage
-from ray_jobs.config import CleaningConfig, Config, DataConfig
-from ray_jobs.data.curation.cleaning import (
-    QUALITY_CHECKS,
-    ImageStats,
-    check,
-    check_size,
-    histogram,
-)
-from ray_jobs.data.curation.duplicates import Pairs, find_near_pairs
-from ray_jobs.data.curation.scan import Entry, HashPart, read_index
-from ray_jobs.data.curation.splits import Shares, even_folds, fold_of, split_of, stratified_splits
-from ray_jobs.data.sources.samples import LEFT_OUT, read_suffix_text
-from ray_jobs.pictures.reading import Rejected
-from ray_jobs.run.split import SplitName
+from ray_jobs.config import Config
+from ray_jobs.data.curation.assigned import remember
+from ray_jobs.data.curation.captions import count_captions
+from ray_jobs.data.curation.judging import OF_LINES, REPAIRED, USABLE, Seen, look_at
+from ray_jobs.data.curation.labels import Labels
+from ray_jobs.data.curation.resolution import Alike, resolve_alike
+from ray_jobs.data.curation.rows import Rows, gather_rows, hex_digests
+from ray_jobs.data.curation.scan import Entry
+from ray_jobs.data.curation.splits import Shares, even_folds, stratified_splits
+from ray_jobs.data.curation.workers import Workers
+from ray_jobs.data.sources.samples import LEFT_OUT
+from ray_jobs.run.split import SPLITS
 
-FILES_A_HASH_PART = 256
+ROWS_A_PARTITION = 1 << 20
+EVEN_FOLDS_UP_TO = 10_000
+"""Groups of pictures up to which folds are even; the hashes of more are as even as one part in a hundred."""
 HOLD_OUT_FROM = 20
 """Minimum number of pictures for a split; below it, scores compare with the training pictures."""
-ASSIGNED = "assigned.parquet"
+CLASS = len(SPLITS)  # number of the split of pictures for prior preservation
+SPLIT_NAMES = [*SPLITS, "class"]
+
+
+@dataclass(frozen=True)
+class Matches:
+    """The rows that are like another one, ascending, and the earlier, kept row that they duplicate."""
+
+    rows: np.ndarray  # int64, N
+    firsts: np.ndarray  # int64, N
+
+    def of(self, low: int, high: int) -> np.ndarray:
+        """Return what each of the rows `low` to `high` (exclusive) duplicates, or -1: int64."""
+        found = np.full(high - low, -1)
+        begin, end = np.searchsorted(self.rows, [low, high])
+        found[self.rows[begin:end] - low] = self.firsts[begin:end]
+        return found
+
+    def pairs(self) -> dict[int, int]:
+        """Return what each row that is like another one duplicates."""
+        return dict(zip(self.rows.tolist(), self.firsts.tolist(), strict=True))
+
+    @staticmethod
+    def of_pairs(found: dict[int, int]) -> "Matches":
+        """Inverse of `pairs`."""
+        rows = sorted(found)
+        return Matches(np.array(rows, np.int64), np.array([found[row] for row in rows], np.int64))
 
 
 @dataclass(frozen=True)
@@ -41,8 +63,9 @@ class Decisions:
     """Decisions on every row of the index, in index order.
 
     Attributes:
+        rows: the rows themselves, on storage.
         reasons: "" for kept rows, else the reason for rejection.
-        matched: for duplicates, the earlier, kept row that they duplicate; else -1.
+        matches: for duplicates, the earlier, kept rows that they duplicate.
         splits: split of kept rows: train, validation, test, or class (pictures for prior preservation).
         folds: fold of kept rows.
         held_out: True if validation and test have other pictures than train.
@@ -56,14 +79,14 @@ class Decisions:
         num_captions: number of different captions of kept rows.
         num_repaired: number of kept rows with repaired captions.
         num_of_lines: number of kept rows whose captions have several lines in their source.
-        details: value and threshold, for rows rejected by a threshold.
+        details: why rows are rejected of which neither the scan nor a threshold says it.
         num_written: number of kept rows with captions that a model wrote.
     """
 
-    counts: np.ndarray  # rows of each index file
-    reasons: np.ndarray
-    matched: np.ndarray
-    splits: np.ndarray
+    rows: Rows
+    reasons: Labels
+    matches: Matches
+    splits: Labels
     folds: np.ndarray
     held_out: bool
     rejected: dict[str, int]
@@ -75,329 +98,174 @@ class Decisions:
     num_captions: int
     num_repaired: int
     num_of_lines: int
-    details: dict[int, str]
+    details: dict[int, str] = field(default_factory=dict)
     num_written: int = 0
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Rows of each index file."""
+        return self.rows.counts
+
+    @property
+    def kept(self) -> np.ndarray:
+        """Whether each row is kept: bool."""
+        return self.reasons.are("")
 
     @property
     def num_judged(self) -> int:
         """Number of rows of the user's own sources, without those left out of the dataset."""
-        return self.num_own - int(np.isin(self.reasons[: self.num_own], list(LEFT_OUT)).sum())
-
-
-@dataclass(frozen=True)
-class Resolution:
-    """Decision on each of N pictures.
-
-    A picture that is not kept was dropped (mode drop), or its near duplicates are in several splits (mode
-    keep: `near_duplicate_across_splits`).
-    """
-
-    kept: np.ndarray  # bool, N
-    split: np.ndarray  # N: of kept pictures, in the type of `own_split`
-    matched: np.ndarray  # int64, N: the first earlier kept near duplicate, which decided; -1: none
-
-
-def resolve(
-    num: int, pairs: Pairs, mode: Literal["drop", "keep"], own_split: Sequence[str] | np.ndarray
-) -> Resolution:
-    """Decide on each picture by its earlier kept near duplicates alone, so that later ones change nothing.
-
-    drop: a picture with such duplicates is dropped, so that no two kept ones are near duplicates. keep: it
-    takes their split; if they are in several, it is rejected, so that no near duplicates are in two splits.
-
-    Args:
-        num: number of pictures.
-        pairs: their near duplicates, by position in 0..num-1.
-        mode: mode, as in `data.cleaning.duplicates`.
-        own_split: split of each picture without earlier near duplicates.
-    """
-    kept, matched, split = np.ones(num, bool), np.full(num, -1), np.array(own_split)
-    earlier, later = pairs.near[np.lexsort(pairs.near.T)].T
-    starts = np.flatnonzero(np.diff(later, prepend=-1))
-    for start, end in itertools.pairwise([*starts, len(later)]):
-        deciding = earlier[start:end][kept[earlier[start:end]]]
-        if len(deciding) == 0:
-            continue
-        picture = later[start]
-        matched[picture] = deciding[0]
-        splits = split[deciding]
-        kept[picture] = mode == "keep" and (splits == splits[0]).all()
-        split[picture] = splits[0]
-    # A copy's near duplicates are those of the first, and the first itself.
-    first, copy = pairs.copies.T
-    matched[copy] = np.where(matched[first] < 0, first, matched[first])
-    kept[copy] = kept[first] & (mode == "keep")
-    split[copy] = split[first]
-    return Resolution(kept, split, matched)
-
-
-@dataclass(frozen=True)
-class _Pictures:
-    """Distinct pictures of a dataset, in source order, and their rows.
-
-    A file listed with several captions is one picture with several rows.
-    """
-
-    rows: np.ndarray  # int64: of the index, that can be used
-    number: np.ndarray  # int64, picture of each row
-    first: np.ndarray  # int64, first row of each picture
-    digests: np.ndarray  # S64, one per picture
-
-    @staticmethod
-    def of(digests: np.ndarray, rows: np.ndarray) -> "_Pictures":
-        different, first, number = np.unique(digests[rows], return_index=True, return_inverse=True)
-        in_order = np.argsort(first)
-        rank = np.empty_like(in_order)
-        rank[in_order] = np.arange(len(in_order))
-        return _Pictures(rows, rank[number], rows[first[in_order]], different[in_order])
+        return self.num_own - int(self.reasons.at(slice(self.num_own)).are(*LEFT_OUT).sum())
 
 
 def decide(config: Config, entries: Sequence[Entry], index: Storage, dataset: Storage) -> Decisions:
     """Find duplicates and assign splits and folds."""
-    data = config.data
-    files = [entry.file for entry in entries]
-    counts, columns, histograms, details, no_pictures = _read_columns(index, files, data)
-    reasons = columns["reason"]
-    of_user = [entry.source < len(data.all_sources) for entry in entries]
-    num_own = int(counts[of_user].sum())
-    rejected = Counter(reason for reason in reasons[:num_own] if reason)
+    rows = gather_rows(entries, index, dataset)
+    num_sources = len(config.data.all_sources)
+    num_own = int(rows.counts[[entry.source < num_sources for entry in entries]].sum())
+    return decide_rows(config, rows, num_own, dataset, rows.workers())
+
+
+def decide_rows(
+    config: Config,
+    rows: Rows,
+    num_own: int,
+    dataset: Storage,
+    workers: Workers,
+    num_partitions: int | None = None,
+) -> Decisions:
+    """Decide on the rows of a dataset, of which the first `num_own` are the user's own."""
+    data, total = config.data, len(rows)
+    partitions = num_partitions or -(-max(total, 1) // ROWS_A_PARTITION)
+    seen = look_at(config, rows, dataset, workers, partitions)
+    reasons, flags = seen.reasons, seen.flags
+    own = reasons.at(slice(num_own)).counts()
+    rejected = Counter({reason: count for reason, count in own.items() if reason})
     left_out = {reason: rejected.pop(reason) for reason in LEFT_OUT & rejected.keys()}
     left_out.pop("no_picture", None)
-    usable = np.flatnonzero((reasons == "") & (columns["role"] == "instance"))
-    pictures = _Pictures.of(columns["digest"], usable)
-    strata = columns["stratum"][pictures.first]
-    captions = columns["text_hash"][pictures.first]
-    resolution, groups = _resolve(config, index, files, counts, pictures, strata, captions, dataset)
-    matched = _mark_duplicates(data.cleaning, pictures, columns["text_hash"], resolution, reasons)
+    usable = (flags & USABLE) > 0
+    first = usable.copy()
+    first[seen.later[:, 0]] = False
+    own_splits = _own_splits(config, seen, first)
+    alike = resolve_alike(rows, first, seen.known >= 0, own_splits, data.cleaning, workers)
+    matches, duplicates = _mark_duplicates(config, seen, alike, reasons)
 
+    kept_first = first.copy()
+    kept_first[alike.rows[~alike.kept]] = False
     wanted = data.validation > 0 or data.test > 0
-    held_out = wanted and int(resolution.kept.sum()) >= HOLD_OUT_FROM
-    splits = np.full(len(reasons), "class", object)
-    splits[pictures.rows] = resolution.split[pictures.number] if held_out else "train"
+    held_out = wanted and int(kept_first.sum()) >= HOLD_OUT_FROM
+    splits = np.full(total, CLASS, np.uint8)
+    splits[usable] = SPLITS.index("train")
     if held_out:
-        _remember(config, dataset, pictures.digests, resolution)
-    folds = np.zeros(len(reasons), np.int16)
+        splits[usable] = own_splits[usable]
+        splits[alike.rows] = alike.split
+        splits[seen.later[:, 0]] = splits[seen.later[:, 1]]
+        remember(config, dataset, rows, kept_first, splits, workers)
+    folds = np.broadcast_to(np.int16(0), total)
     if data.folds:
-        names = [pictures.digests[group].decode() for group in groups]
-        if held_out:
-            of_picture = [fold_of(name, data.split_seed, data.folds) for name in names]
-        else:
-            kept = np.flatnonzero(resolution.kept)
-            dealt = even_folds([names[i] for i in kept], captions[kept].tolist(), data.split_seed, data.folds)
-            of_picture = [0] * len(names)
-            for i, fold in zip(kept, dealt, strict=True):
-                of_picture[i] = fold
-        folds[pictures.rows] = np.array(of_picture, np.int16)[pictures.number]
-        folds[splits == "test"] = 0
+        folds = _folds(config, rows, seen, alike, first, kept_first, held_out)
+        folds[splits == SPLITS.index("test")] = 0
+    kept = reasons.are("")
     return Decisions(
-        counts=counts,
+        rows=rows,
         reasons=reasons,
-        matched=matched,
-        splits=splits,
+        matches=matches,
+        splits=Labels(splits, SPLIT_NAMES),
         folds=folds,
         held_out=held_out,
         rejected=dict(rejected),
         left_out=left_out,
-        no_pictures=dict(no_pictures),
+        no_pictures=dict(seen.no_pictures),
         num_own=num_own,
-        duplicates=dict(Counter(reason for reason in reasons[pictures.rows] if reason)),
-        histograms=histograms,
-        num_captions=len(np.unique(columns["text_hash"][reasons == ""])),
-        num_repaired=int(columns["repaired"][reasons == ""].sum()),
-        num_of_lines=int((columns["lines"][reasons == ""] > 1).sum()),
-        details=details,
+        duplicates=duplicates,
+        histograms=seen.histograms,
+        num_captions=count_captions(rows, kept, workers, partitions).different,
+        num_repaired=int(((flags & REPAIRED) > 0)[kept].sum()),
+        num_of_lines=int(((flags & OF_LINES) > 0)[kept].sum()),
     )
 
 
-def _mark_duplicates(
-    cleaning: CleaningConfig,
-    pictures: _Pictures,
-    text_hashes: np.ndarray,
-    resolution: Resolution,
-    reasons: np.ndarray,
-) -> np.ndarray:
-    """Set the reasons of rows rejected as duplicates; return `Decisions.matched`."""
-    rows, number = pictures.rows, pictures.number
-    matched = np.full(len(reasons), -1)
-    if cleaning.duplicates == "drop":  # the same picture with the same caption
-        pairs = np.stack([number.astype(np.uint64), text_hashes[rows]])
-        _, first, of = np.unique(pairs, axis=1, return_index=True, return_inverse=True)
-        copies = np.flatnonzero(first[of] != np.arange(len(rows)))
-        reasons[rows[copies]] = "duplicate"
-        matched[rows[copies]] = rows[first[of[copies]]]
-    reason = "near_duplicate" if cleaning.duplicates == "drop" else "near_duplicate_across_splits"
-    dropped = rows[~resolution.kept[number]]
-    reasons[dropped[reasons[dropped] == ""]] = reason
-    twins = resolution.matched[number]
-    paired = (matched[rows] < 0) & (twins >= 0)
-    matched[rows[paired]] = pictures.first[twins[paired]]
-    return matched
-
-
-def _read_columns(
-    index: Storage, files: Sequence[str], config: DataConfig
-) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray], dict[int, str], Counter[str]]:
-    """Read the index.
-
-    Return rows per file, the columns needed for decisions, the measures' histograms, the details of rows
-    rejected by a threshold, and counts by suffix of files that are not pictures.
-    """
-    names = ["digest", "reason", "role", "stratum", "text"]
-    no_pictures = Counter[str]()
-    measured = ["references"] if config.num_references else []
-    sizes = ["width", "height", *QUALITY_CHECKS]
-    counts: list[int] = []
-    details: dict[int, str] = {}
-    start = 0
-    found: dict[str, list[np.ndarray]] = {
-        name: [] for name in (*names[:-1], "text_hash", "repaired", "lines")
-    }
-    histograms = {name: histogram(name, np.empty(0)) for name in QUALITY_CHECKS}
-    for table in read_index(index, files, [*names, *sizes, *measured, "detail", "repaired", "lines"]):
-        reasons = table["reason"].to_pylist()
-        for number in (number for number, reason in enumerate(reasons) if reason == "no_picture"):
-            no_pictures += read_suffix_text(table["detail"][number].as_py())
-        of_rows = zip(*(table[name].to_pylist() for name in (*sizes, *measured)), strict=True)
-        for number, values in enumerate(of_rows):
-            references = values[len(sizes)] if measured else ()
-            own = dict(zip(sizes, values, strict=False))
-            if not reasons[number] and (fault := _fault(own, references or (), config.cleaning)):
-                reasons[number], details[start + number] = fault.reason, fault.detail
-        start += len(table)
-        counts.append(len(table))
-        found["repaired"].append(np.array(table["repaired"].to_pylist(), bool))
-        found["lines"].append(table["lines"].to_numpy())
-        found["digest"].append(np.array(table["digest"].to_pylist(), "S64"))
-        for name, values in (("reason", reasons), *((n, table[n].to_pylist()) for n in ("role", "stratum"))):
-            found[name].append(np.array(list(map(sys.intern, values)), object))
-        found["text_hash"].append(np.array([_short(text) for text in table["text"].to_pylist()], np.uint64))
-        for name in QUALITY_CHECKS:
-            values = table[name].drop_null().to_numpy()
-            histograms[name] = histograms[name] + histogram(name, values)
-    columns = {name: np.concatenate(parts) for name, parts in found.items()}
-    return np.array(counts), columns, histograms, details, no_pictures
-
-
-def _fault(
-    measured: dict[str, float], references: Sequence[tuple[int, int]], cleaning: CleaningConfig
-) -> Rejected | None:
-    """Return the first fault of a picture's size and measures against the thresholds, or None.
-
-    What its references show is not judged: an edit may begin with a dark, a flat or a blurred one.
-
-    Args:
-        references: width and height of each of its reference pictures.
-    """
-    measures = ImageStats(**measured, hash=0, colours=b"")  # type: ignore[arg-type]
-    try:
-        check_size(measures.width, measures.height, cleaning)
-        check(measures, cleaning)
-        for number, each in enumerate(references, 1):
-            check_size(*each, cleaning, f"reference {number}: ")
-    except Rejected as fault:
-        return fault
-    return None
-
-
-def _short(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-
-
-def _own_splits(
-    config: Config,
-    names: list[str],
-    strata: np.ndarray,
-    captions: np.ndarray,
-    known: dict[str, SplitName],
-) -> np.ndarray:
-    """Split of every picture without regard to near duplicates."""
+def _own_splits(config: Config, seen: Seen, first: np.ndarray) -> np.ndarray:
+    """Split of the picture of every first row, without regard to near duplicates: uint8, number in SPLITS."""
     data = config.data
-    shares = Shares(data.split_seed, data.validation, data.test)
     if data.split_by == "caption":
-        return np.array([split_of(f"caption {hashed:016x}", shares) for hashed in captions.tolist()], object)
-    if data.stratify:
-        return np.array(stratified_splits(names, [str(s) for s in strata], shares, known), object)
-    return np.array([known.get(name) or split_of(name, shares) for name in names], object)
+        return seen.splits
+    if not data.stratify:
+        return np.where(seen.known >= 0, seen.known, seen.splits).astype(np.uint8)
+    shares = Shares(data.split_seed, data.validation, data.test)
+    splits, (codes, names) = np.zeros(len(first), np.uint8), seen.strata
+    splits[first] = stratified_splits(codes[first], names, shares, seen.known[first])
+    return splits
 
 
-def _resolve(
+def _mark_duplicates(
+    config: Config, seen: Seen, alike: Alike, reasons: Labels
+) -> tuple[Matches, dict[str, int]]:
+    """Set the reasons of rows rejected as duplicates; return what they duplicate, and counts by reason."""
+    mode, found = config.data.cleaning.duplicates, Counter[str]()
+    rows, firsts = np.empty(0, np.int64), np.empty(0, np.int64)
+    if mode == "drop":  # the same picture with the same caption
+        rows, firsts = seen.repeated.T
+        reasons.codes[rows] = reasons.code("duplicate")
+        found["duplicate"] = len(rows)
+    reason = "near_duplicate" if mode == "drop" else "near_duplicate_across_splits"
+    dropped = np.zeros(len(reasons), bool)
+    dropped[alike.rows[~alike.kept]] = True
+    later, first = seen.later.T
+    dropped[later] = dropped[first]
+    dropped &= reasons.are("")
+    if dropped.any():
+        reasons.codes[dropped] = reasons.code(reason)
+        found[reason] = int(dropped.sum())
+    of_alike, twins = _twins(alike, later, first)
+    others = ~np.isin(of_alike, rows)
+    rows, firsts = np.concatenate([rows, of_alike[others]]), np.concatenate([firsts, twins[others]])
+    order = np.argsort(rows)
+    return Matches(rows[order], firsts[order]), {name: count for name, count in found.items() if count}
+
+
+def _twins(alike: Alike, later: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return all rows of pictures that were matched to another one, and the first row of that one.
+
+    Args:
+        later, first: rows of pictures that an earlier row has too, and the first of these.
+    """
+    order = np.argsort(alike.rows)
+    matched = order[alike.matched[order] >= 0]
+    pictures, twins = alike.rows[matched], alike.matched[matched]
+    if not len(pictures):
+        return pictures, twins
+    places = np.minimum(np.searchsorted(pictures, first), len(pictures) - 1)
+    copies = pictures[places] == first
+    return np.concatenate([pictures, later[copies]]), np.concatenate([twins, twins[places[copies]]])
+
+
+def _folds(
     config: Config,
-    index: Storage,
-    files: Sequence[str],
-    counts: np.ndarray,
-    pictures: _Pictures,
-    strata: np.ndarray,
-    captions: np.ndarray,
-    dataset: Storage,
-) -> tuple[Resolution, np.ndarray]:
-    """Resolve near duplicates; return the splits, and the first picture of each picture's group.
-
-    Pictures assigned by an earlier run take precedence over new ones.
+    rows: Rows,
+    seen: Seen,
+    alike: Alike,
+    first: np.ndarray,
+    kept: np.ndarray,
+    held_out: bool,
+) -> np.ndarray:
+    """Fold of every row: int16. Near duplicates have one fold.
 
     Args:
-        captions: uint64, hash of the caption of each picture.
+        first, kept: bool: rows that are the first ones of pictures, and of kept ones.
     """
-    cleaning, num = config.data.cleaning, len(pictures.digests)
-    known = _known_splits(config, dataset)
-    names = [digest.decode() for digest in pictures.digests]
-    own = _own_splits(config, names, strata, captions, known)
-    if cleaning.duplicates == "ignore" or num < 2:
-        return Resolution(np.ones(num, bool), own, np.full(num, -1)), np.arange(num)
-    turn = np.argsort([name not in known for name in names], kind="stable")
-    place = np.empty_like(turn)
-    place[turn] = np.arange(num)
-    ids = np.full(int(counts.sum()), -1)
-    ids[pictures.first] = place
-    ends = np.cumsum(counts)
-    parts = []
-    for start in range(0, len(files), FILES_A_HASH_PART):
-        chosen = slice(start, start + FILES_A_HASH_PART)
-        low, high = int(ends[start] - counts[start]), int(ends[chosen][-1])
-        parts.append(HashPart(index, list(files[chosen]), ids[low:high]))
-    distance, colour = cleaning.duplicate_distance, cleaning.duplicate_colour
-    pairs = find_near_pairs(parts, distance=distance, colour=colour)
-    found = resolve(num, pairs, cleaning.duplicates, own[turn])
-    matched = found.matched[place]
-    matched = np.where(matched >= 0, turn[matched], -1)
-    groups = turn[connected(num, np.concatenate([pairs.near, pairs.copies]))[place]]
-    return Resolution(found.kept[place], found.split[place], matched), groups
-
-
-def connected(num: int, edges: np.ndarray) -> np.ndarray:
-    """Smallest member of each node's connected component: int64, num.
-
-    Args:
-        edges: int64, M x 2, nodes in 0..num-1.
-    """
-    least = np.arange(num)
-    while True:
-        before = least.copy()
-        np.minimum.at(least, edges[:, 0], before[edges[:, 1]])
-        np.minimum.at(least, edges[:, 1], before[edges[:, 0]])
-        least = least[least]
-        if (least == before).all():
-            return least
-
-
-def _split_settings(config: Config) -> str:
     data = config.data
-    by = [] if data.split_by == "image" else [data.split_by]
-    return json.dumps([data.split_seed, data.validation, data.test, data.stratify, *by])
-
-
-def _known_splits(config: Config, dataset: Storage) -> dict[str, SplitName]:
-    """Splits, by digest, of the pictures that an earlier run with the same settings kept."""
-    if not dataset.exists(ASSIGNED):
-        return {}
-    table = pq.read_table(io.BytesIO(dataset.read_bytes(ASSIGNED)))
-    if table.schema.metadata[b"settings"].decode() != _split_settings(config):
-        return {}
-    return dict(zip(table["digest"].to_pylist(), table["split"].to_pylist(), strict=True))
-
-
-def _remember(config: Config, dataset: Storage, digests: np.ndarray, resolution: Resolution) -> None:
-    kept = resolution.kept
-    table = pa.table({"digest": digests[kept].astype(str), "split": resolution.split[kept].astype(str)})
-    buffer = io.BytesIO()
-    pq.write_table(table.replace_schema_metadata({"settings": _split_settings(config)}), buffer)
-    dataset.write_bytes(ASSIGNED, buffer.getvalue())
+    groups = dict(zip(alike.rows.tolist(), alike.group.tolist(), strict=True))
+    numbers = np.flatnonzero(kept)
+    of_group = np.array([groups.get(row, row) for row in numbers.tolist()] if groups else numbers, np.int64)
+    folds = np.where(first, seen.folds, 0).astype(np.int16)
+    if not held_out and len(different := np.unique(of_group)) <= EVEN_FOLDS_UP_TO:
+        names = dict(zip(different.tolist(), hex_digests(rows.take(different, ["digest"])), strict=True))
+        captions = rows.take(numbers, ["text_hash"])["text_hash"].to_pylist()
+        dealt = even_folds([names[row] for row in of_group.tolist()], captions, data.split_seed, data.folds)
+        folds[:] = 0
+        folds[numbers] = dealt
+    else:
+        folds[alike.rows] = folds[alike.group]
+    later, firsts = seen.later.T
+    folds[later] = folds[firsts]
+    return folds

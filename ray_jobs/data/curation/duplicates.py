@@ -154,7 +154,7 @@ def find_near_pairs(
     tables = make_tables(distance, least_cost(distance, num_rows))
     num_tasks = math.ceil(num_rows * len(tables) / keys_a_task)
     if num_tasks <= 1:
-        found = [ray.remote(_search_all).remote(distance, colour, *blocks)]
+        found = [ray.remote(search_all).remote(distance, colour, *blocks)]
     else:
         deal = ray.remote(num_returns=num_tasks)(_deal)
         dealt = [deal.remote(block, tables, num_tasks) for block in blocks]
@@ -172,7 +172,8 @@ def _read(part: Callable[[], Pictures]) -> tuple[int, Pictures]:
     return num_rows, pictures
 
 
-def _search_all(distance: int, colour: float, *blocks: Pictures) -> Pairs:
+def search_all(distance: int, colour: float, *blocks: Pictures) -> Pairs:
+    """Find the near duplicates of a dataset in this process: as `near_pairs`, with the IDs of the blocks."""
     ids, hashes, colours = _sorted_by_id(_joined(blocks))
     found = near_pairs(hashes, colours, distance=distance, colour=colour)
     return Pairs(ids[found.near], ids[found.copies])

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cluster.storage import Storage
 from ray_jobs.config import Config
 from ray_jobs.data.curation.composition import kept_rows, shorter_sides
 from ray_jobs.data.curation.decisions import Decisions
@@ -20,7 +19,7 @@ COLUMNS = ["name", "width", "height", "sharpness"]
 
 
 def photo_faults(
-    config: Config, sources: Sequence[Source], found: Sequence[Entry], index: Storage, decisions: Decisions
+    config: Config, sources: Sequence[Source], found: Sequence[Entry], decisions: Decisions
 ) -> list[str]:
     """Return a line for each fault of kept photos: where there are eight, it is learned with the subject."""
     lines, side = [], config.data.resolution
@@ -28,7 +27,7 @@ def photo_faults(
         if not isinstance(source, Subject):
             continue
         small, blurred = list[str](), list[str]()
-        for photos in kept_rows(found, index, decisions, COLUMNS, number):
+        for photos in kept_rows(decisions, COLUMNS, decisions.rows.of_source(found, number)):
             names, sharpness = np.array(photos["name"].to_pylist()), photos["sharpness"].to_numpy()
             small += names[shorter_sides(photos) < side].tolist()
             blurred += names[sharpness < SHARP].tolist()

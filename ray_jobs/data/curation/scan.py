@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 from cluster.storage import Storage
 from ray_jobs.config import DataConfig
 from ray_jobs.data.curation.cleaning import FIRST_LOOK_SIDE, measure
-from ray_jobs.data.curation.duplicates import Pictures
 from ray_jobs.data.curation.splits import content_digest
 from ray_jobs.data.sources.detection import Piece, Sample, Source
 from ray_jobs.pictures.reading import WHITE, Picture, Rejected, read_picture
@@ -215,25 +214,3 @@ def read_index(index: Storage, files: Sequence[str], columns: Sequence[str]) -> 
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
         for start in range(0, len(files), FILES_AT_ONCE):
             yield from pool.map(read, files[start : start + FILES_AT_ONCE])
-
-
-@dataclass(frozen=True)
-class HashPart:
-    """Hashes of some index files, read in the task that compares them.
-
-    Attributes:
-        ids: picture number of each row of these files, in order; -1 for a row that is not compared.
-    """
-
-    index: Storage
-    files: list[str]
-    ids: np.ndarray
-
-    def __call__(self) -> Pictures:
-        """Read the rows to compare."""
-        tables = list(read_index(self.index, self.files, ["hash", "colours"]))
-        table = pa.concat_tables(tables)
-        rows = np.flatnonzero(self.ids >= 0)
-        taken = table.take(rows)
-        colours = np.frombuffer(b"".join(taken["colours"].to_pylist()), np.uint8).reshape(-1, 48)
-        return Pictures(self.ids[rows], taken["hash"].to_numpy().astype(np.uint64), colours)

@@ -5,7 +5,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ray_jobs.run.split import SplitName
+import numpy as np
+
+from ray_jobs.run.split import SPLITS, SplitName
 
 GOLDEN = (5**0.5 - 1) / 2
 
@@ -32,11 +34,25 @@ class Shares:
             return "test"
         return "validation" if position < self.test + self.validation else "train"
 
+    def splits_at(self, positions: np.ndarray) -> np.ndarray:
+        """Return the numbers, in SPLITS, of the splits at many positions: uint8."""
+        found = np.full(len(positions), SPLITS.index("train"), np.uint8)
+        found[positions < self.test + self.validation] = SPLITS.index("validation")
+        found[positions < self.test] = SPLITS.index("test")
+        return found
+
 
 def _position(name: str, seed: int | str) -> float:
     """Position of a digest or other name in [0, 1), uniform, and independent between seeds."""
     keyed = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return int.from_bytes(keyed[:8], "big") / 2**64
+
+
+def _positions(names: Sequence[bytes], seed: int | str) -> np.ndarray:
+    """Return `_position` of many names: float64."""
+    sha256, start = hashlib.sha256, f"{seed}:".encode()
+    keyed = b"".join([sha256(start + name).digest()[:8] for name in names])
+    return np.frombuffer(keyed, ">u8").astype(np.float64) / 2**64
 
 
 def split_of(digest: str, shares: Shares) -> SplitName:
@@ -47,9 +63,14 @@ def split_of(digest: str, shares: Shares) -> SplitName:
     return shares.split_at(_position(digest, shares.seed))
 
 
+def splits_of(digests: Sequence[bytes], shares: Shares) -> np.ndarray:
+    """Return the numbers, in SPLITS, of the splits of many pictures, as `split_of`: uint8."""
+    return shares.splits_at(_positions(digests, shares.seed))
+
+
 def stratified_splits(
-    digests: Sequence[str], strata: Sequence[str], shares: Shares, known: dict[str, SplitName]
-) -> list[SplitName]:
+    strata: np.ndarray, names: Sequence[str], shares: Shares, known: np.ndarray
+) -> np.ndarray:
     """Split every stratum in the same shares.
 
     The k-th picture of a stratum has the position frac(start + k * golden ratio), where start is the
@@ -59,35 +80,37 @@ def stratified_splits(
     that adding pictures moves none.
 
     Args:
-        digests, strata: one per picture, in source order.
-        known: split by digest, for pictures assigned before.
+        strata: int, number in `names` of each picture's stratum, in source order.
+        names: the strata.
+        known: int, number in SPLITS of the split of a picture assigned before; else negative.
+
+    Returns:
+        uint8, number in SPLITS of each picture's split.
     """
-    taken: dict[str, int] = {}
-    for digest, stratum in zip(digests, strata, strict=True):
-        taken[stratum] = taken.get(stratum, 0) + (digest in known)
-    splits = []
-    for digest, stratum in zip(digests, strata, strict=True):
-        if digest in known:
-            splits.append(known[digest])
-            continue
-        position = (_position(stratum, shares.seed) + taken[stratum] * GOLDEN) % 1
-        taken[stratum] += 1
-        splits.append(shares.split_at(position))
+    new = np.flatnonzero(known < 0)
+    before = np.bincount(strata[known >= 0], minlength=len(names))
+    order = new[np.argsort(strata[new], kind="stable")]
+    counts = np.bincount(strata[new], minlength=len(names))
+    inside = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    starts = np.array([_position(name, shares.seed) for name in names])
+    positions = (starts[strata[order]] + (before[strata[order]] + inside) * GOLDEN) % 1
+    splits = known.astype(np.uint8)
+    splits[order] = shares.splits_at(positions)
     return splits
 
 
-def fold_of(digest: str, seed: int, folds: int) -> int:
-    """Return the fold (of `folds`) of a picture of train or validation; 0 if there are no folds.
+def folds_of(digests: Sequence[bytes], seed: int, folds: int) -> np.ndarray:
+    """Return the folds (of `folds`) of pictures of train or validation: int16.
 
     For near duplicates, pass the digest of one of them for all.
     """
-    return int(_position(digest, f"{seed}:fold") * folds)
+    return (_positions(digests, f"{seed}:fold") * folds).astype(np.int16)
 
 
 def even_folds(names: Sequence[str], strata: Sequence[object], seed: int, folds: int) -> list[int]:
     """Folds of few pictures, as even as whole groups allow, each stratum too.
 
-    Unlike `fold_of` the result depends on the other pictures.
+    Unlike `folds_of` the result depends on the other pictures.
 
     Args:
         names: group of each picture, of near duplicates, which stay together.
@@ -104,11 +127,13 @@ def even_folds(names: Sequence[str], strata: Sequence[object], seed: int, folds:
     return [of_group[name] for name in names]
 
 
-def is_floor_candidate(digest: str, shares: Shares) -> bool:
-    """Return whether a training picture is kept for the floor.
+def are_floor_candidates(digests: Sequence[bytes], shares: Shares) -> np.ndarray:
+    """Return which training pictures are kept for the floor: bool.
 
     The share is three times that of the test split, so that there are twice as many as test pictures even if
     the shares are uneven by chance.
     """
+    if not digests:
+        return np.zeros(0, bool)
     training = 1 - shares.validation - shares.test
-    return _position(digest, f"{shares.seed}:floor") < 3 * shares.test / training
+    return np.asarray(_positions(digests, f"{shares.seed}:floor") < 3 * shares.test / training)

@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 from cluster.storage import Storage
 from ray_jobs.config import CaptioningConfig, Config, ConfigError
 from ray_jobs.console import say
-from ray_jobs.data.curation.decisions import Decisions
+from ray_jobs.data.curation.decisions import Decisions, Matches
+from ray_jobs.data.curation.rows import Rows, gather_rows
 from ray_jobs.data.curation.scan import SCHEMA, Entry, RayRow, read_index
 from ray_jobs.data.encoding.caption_writing import (
     Caption,
@@ -157,7 +158,7 @@ def write_captions(
     applied = _Application(config, captions, edits, is_repaired=sources[0].captions.repaired)
     entries = applied.to_index(found, index, decisions)
     applied.write_files(dataset)
-    pictures = int((decisions.reasons[: decisions.num_own] == "").sum())
+    pictures = int(decisions.kept[: decisions.num_own].sum())
     example = f", e.g. {applied.example[0]}: {applied.example[1]!r}" if applied.example else ""
     say(
         "prepare",
@@ -182,7 +183,7 @@ def write_captions(
             f"{cut:,} written captions are as long as data.captioning.max_tokens allows "
             f"({config.data.captioning.max_tokens}), and may end within a sentence",
         )
-    return entries, applied.decisions(decisions)
+    return entries, applied.decisions(decisions, gather_rows(entries, index, dataset))
 
 
 def composed(settings: CaptioningConfig, text: str) -> str:
@@ -207,7 +208,7 @@ def _places(
 ) -> dict[str, Place]:
     """Digests of the kept pictures that a model captions, with the first row of each."""
     places: dict[str, Place] = {}
-    start = 0
+    start, kept = 0, decisions.kept
     files = [entry.file for entry in found]
     columns = ["row", "name", "text", "role", "digest", "lines"]
     for number, table in enumerate(read_index(index, files, columns)):
@@ -215,7 +216,7 @@ def _places(
             name = picture_name(values["name"], values["lines"])
             wanted = _is_wanted(config, values["text"], values["role"])
             wanted = wanted and (found[number].source, name, values["text"]) not in edits
-            if wanted and not decisions.reasons[start + at]:
+            if wanted and kept[start + at]:
                 places.setdefault(values["digest"], (number, values["row"]))
         start += len(table)
     return places
@@ -253,11 +254,12 @@ class _Application:
         """Write index files with the captions, where they differ; return the entries with these."""
         present, entries, start = set(index.files()), [], 0
         firsts: dict[str, int] = {}
+        kept = decisions.kept
         for entry, table in zip(
             found, read_index(index, [each.file for each in found], SCHEMA.names), strict=True
         ):
             texts = [
-                self._text(entry, row, start + at, decisions, firsts)
+                self._text(entry, row, start + at, bool(kept[start + at]), firsts)
                 for at, row in enumerate(
                     table.select(["name", "text", "role", "digest", "lines"]).to_pylist()
                 )
@@ -274,12 +276,9 @@ class _Application:
             entries.append(entry)
         return entries
 
-    def _text(
-        self, entry: Entry, row: RayRow, number: int, decisions: Decisions, firsts: dict[str, int]
-    ) -> str:
+    def _text(self, entry: Entry, row: RayRow, number: int, is_kept: bool, firsts: dict[str, int]) -> str:
         """Return the caption of row `number` of the index, and note what becomes of it."""
         own, digest = str(row["text"]), str(row["digest"])
-        is_kept = not decisions.reasons[number]
         name = picture_name(row["name"], row["lines"])
         is_wanted = _is_wanted(self.config, own, row["role"])
         text = self.texts.get(digest, own) if is_wanted else own
@@ -317,13 +316,11 @@ class _Application:
         for source, lines in self._lines.items():
             dataset.write_text(captions_file(self.config, source), lines.getvalue())
 
-    def decisions(self, before: Decisions) -> Decisions:
-        """Return the decisions with the rows that are rejected now."""
-        reasons, matched = before.reasons.copy(), before.matched.copy()
+    def decisions(self, before: Decisions, rows: Rows) -> Decisions:
+        """Return the decisions with the rows that are rejected now, in `rows` with their captions."""
+        reasons, matched = before.reasons.copy(), before.matches.pairs() | self._firsts
         for number, reason in self._reasons.items():
-            reasons[number] = reason
-        for number, first in self._firsts.items():
-            matched[number] = first
+            reasons.codes[number] = reasons.code(reason)
         rejected, duplicates = dict(before.rejected), dict(before.duplicates)
         if self.failed:
             rejected["empty_caption"] = rejected.get("empty_caption", 0) + len(self.failed)
@@ -333,8 +330,9 @@ class _Application:
         replaced = self.settings.pictures == "all"
         return replace(
             before,
+            rows=rows,
             reasons=reasons,
-            matched=matched,
+            matches=Matches.of_pairs(matched),
             rejected=rejected,
             duplicates=duplicates,
             num_captions=len(self._different),

@@ -10,7 +10,7 @@ the parts.
 
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +28,7 @@ from ray_jobs.data.curation.splits import content_digest
 from ray_jobs.data.encoding.augmentation import augment, row_generator
 from ray_jobs.data.encoding.cache_files import read_part, write_part
 from ray_jobs.data.encoding.geometry import Fitted, Size, fit
-from ray_jobs.data.encoding.plan import PIXELS_A_PART, PlannedPart
+from ray_jobs.data.encoding.plan import PIXELS_A_PART, Chunk, PartOutline, PlannedPart, Planner
 from ray_jobs.data.encoding.tensors import tensor_column
 from ray_jobs.data.sources.detection import Sample, Source
 from ray_jobs.pictures.edges import edges
@@ -53,17 +53,19 @@ class ChangedFile(RuntimeError):
 
 @dataclass(frozen=True)
 class Gather:
-    """Read the pictures of parts from consecutive pieces of a source, each piece once.
+    """Plan the missing parts of a chunk, and read their pictures from its pieces, each piece once.
 
-    Input: one row with the entries and the parts. Output: one row per part, with its pictures' bytes and
-    captions.
+    Input: one row with a chunk, the entries of its pieces, and the files of its missing parts. Output: one
+    row per part, with its pictures' bytes and captions.
     """
 
     readers: list[Source]
+    planner: Planner
 
     def __call__(self, row: RayRow) -> Iterator[RayRow]:
-        entries: dict[int, Entry] = row["entries"]
-        parts: list[PlannedPart] = row["parts"]
+        chunk: Chunk = row["chunk"]
+        parts = [part for part in self.planner.parts(chunk) if part.file in row["files"]]
+        entries: dict[int, Entry] = dict(enumerate(row["entries"], chunk.entry))
         wanted: dict[int, set[int]] = {number: set() for number in entries}
         waiting: dict[tuple[int, int], list[int]] = {}  # (entry, row) -> the parts that need it
         missing = []
@@ -513,43 +515,60 @@ def encoder_actors(config: Config) -> dict[str, object]:
     }
 
 
+@dataclass(frozen=True)
+class Planned:
+    """Chunks of a dataset, and what plans their parts."""
+
+    planner: Planner
+    chunks: Iterable[Chunk]
+
+
 def encode_parts(
     config: Config,
     sources: Sequence[Source],
     entries: Sequence[Entry],
-    parts: Sequence[PlannedPart],
+    planned: Planned,
+    parts: Sequence[PartOutline],
     cache: Storage,
     progress: Callable[[int, int], None],
 ) -> int:
     """Write the parts missing from the cache; return the number of rows that had to be encoded.
 
     Args:
+        planned: all chunks.
+        parts: the parts of these that are to be in the cache.
         progress: callback that receives rows done and rows to do, after each part.
     """
     import ray.data
 
-    present = set(cache.files())
-    missing = [part for part in parts if part.file not in present]
+    present, missing = set(cache.files()), dict[int, set[str]]()
+    whole = 0
+    for part in parts:
+        if part.file not in present:
+            missing.setdefault(part.chunk, set()).add(part.file)
+            whole += part.num_rows
     if not missing:
         return 0
-    reuse = known_rows(cache, present - {part.file for part in parts}, missing)
-    items: dict[int, RayRow] = {}
-    for part in missing:
-        item = items.setdefault(part.chunk, {"entries": {}, "parts": []})
-        item["parts"].append(part)
-        item["entries"] |= {int(n): entries[n] for n in np.unique(part.entries)}
-    for item in items.values():
-        item["entries"] = dict(sorted(item["entries"].items()))
+    items: list[RayRow] = [
+        {
+            "chunk": chunk,
+            "entries": entries[chunk.entry : chunk.entry + len(chunk.counts)],
+            "files": missing[chunk.number],
+        }
+        for chunk in planned.chunks
+        if chunk.number in missing
+    ]
+    reuse = known_rows(cache, present - {part.file for part in parts}, items, planned.planner)
     written = (
-        ray.data.from_items(list(items.values()), override_num_blocks=len(items))
-        .flat_map(Gather([source.reader() for source in sources]), **GATHERING)
+        ray.data.from_items(items, override_num_blocks=len(items))
+        .flat_map(Gather([source.reader() for source in sources], planned.planner), **GATHERING)
         .map(Decode(config), **DECODING)
         .map(EncodePart, fn_constructor_args=(cache, config, reuse), **encoder_actors(config))
     )
     written.context.target_max_block_size = 1  # one block per part, so that parts move on one by one
     # Ray Data would measure its workers' memory every second, which costs the encoder about 5 %.
     written.context.memory_usage_poll_interval_s = None
-    done, encoded, whole = 0, 0, sum(len(part.rows) for part in missing)
+    done = encoded = 0
     for row in written.iter_rows():
         done, encoded = done + row["rows"], encoded + row["encoded"]
         progress(done, whole)
@@ -557,10 +576,17 @@ def encode_parts(
 
 
 def known_rows(
-    cache: Storage, files: set[str], missing: Sequence[PlannedPart]
+    cache: Storage, files: set[str], items: Sequence[RayRow], planner: Planner
 ) -> dict[bytes, tuple[str, int]]:
-    """Locate rows of the missing parts in other files of the cache: key to (file, row in it)."""
-    needed = {key for part in missing for key in part.keys}
+    """Locate rows of the missing parts in other files of the cache: key to (file, row in it).
+
+    Args:
+        items: chunks with missing parts, as for `Gather`.
+    """
+    if not any(name.endswith(".parquet") for name in files):
+        return {}
+    parts = (part for item in items for part in planner.parts(item["chunk"]) if part.file in item["files"])
+    needed = {key for part in parts for key in part.keys}
 
     def read(file: str) -> list[bytes]:
         return list(read_part(cache, file, ["key"])["key"].to_pylist())

@@ -2,35 +2,32 @@
 
 A part is a run of rows of one split, fold and bucket that is encoded and stored as one file. Parts do not
 span chunks (runs of consecutive pieces of a source), so that every piece is read once, and appending pictures
-to a source leaves the earlier parts unchanged.
+to a source leaves the earlier parts unchanged. A chunk is planned where its rows are read; of all parts, only
+outlines are collected.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NotRequired, TypedDict
 
 import numpy as np
+import pyarrow as pa
 
-from cluster.fetched import local_path
-from cluster.storage import Storage
-from ray_jobs.config import Config, DataConfig, Effect
+from ray_jobs.config import Config
 from ray_jobs.data.curation.decisions import Decisions
-from ray_jobs.data.curation.scan import Entry, read_index
-from ray_jobs.data.curation.splits import Shares, is_floor_candidate
+from ray_jobs.data.curation.labels import Labels
+from ray_jobs.data.curation.rows import Rows, hex_digests, labelled
+from ray_jobs.data.curation.scan import Entry
+from ray_jobs.data.curation.splits import Shares, are_floor_candidates
 from ray_jobs.data.encoding.geometry import Size, nearest_bucket
-from ray_jobs.data.encoding.shapes import painter
-from ray_jobs.weights.model_files import family_in
+from ray_jobs.data.encoding.row_keys import RowKeys
 
 ROWS_A_CHUNK = 2048
 MAX_ROWS_A_PART = 128
 PIXELS_A_PART = 64 << 20  # maximum bytes of a part's decoded pictures
-VERSION = 3  # version of an encoding's dependencies; a change encodes anew
 
-# Entry, row in it, variant, is scored, digest, key, text, digests of further pictures.
-_Row = tuple[int, int, int, bool, str, bytes, str, tuple[str, ...]]
 _Group = tuple[str, int, Size, str | None]  # split, fold, bucket, value of data.balance
 
 
@@ -50,6 +47,44 @@ class PartRecord(TypedDict):
     rows: int
     file: str
     value: NotRequired[str]
+
+
+@dataclass(frozen=True)
+class PartOutline:
+    """A part without its rows.
+
+    Attributes:
+        chunk: number of the run of pieces.
+        bucket: width and height in pixels.
+        file: file name in the encoding cache.
+        num_rows: number of rows.
+        num_pictures: number of rows without those of further augmentation variants.
+        value: value of `data.balance` in all rows; None without it.
+    """
+
+    split: str
+    fold: int
+    source: int
+    chunk: int
+    bucket: Size
+    file: str
+    num_rows: int
+    num_pictures: int
+    value: str | None
+
+    def record(self) -> PartRecord:
+        """Return the part's record in the dataset's list of parts."""
+        record: PartRecord = {
+            "split": self.split,
+            "fold": self.fold,
+            "source": self.source,
+            "bucket": f"{self.bucket[0]}x{self.bucket[1]}",
+            "rows": self.num_rows,
+            "file": self.file,
+        }
+        if self.value is not None:
+            record["value"] = self.value
+        return record
 
 
 @dataclass(frozen=True)
@@ -92,163 +127,206 @@ class PlannedPart:
     further: list[tuple[str, ...]] | None = None
     brings_control: bool = False
 
+    def outline(self) -> PartOutline:
+        """Return the part without its rows."""
+        return PartOutline(
+            self.split,
+            self.fold,
+            self.source,
+            self.chunk,
+            self.bucket,
+            self.file,
+            len(self.rows),
+            int((self.variants == 0).sum()),
+            self.value,
+        )
+
     def record(self) -> PartRecord:
         """Return the part's record in the dataset's list of parts."""
-        record: PartRecord = {
-            "split": self.split,
-            "fold": self.fold,
-            "source": self.source,
-            "bucket": f"{self.bucket[0]}x{self.bucket[1]}",
-            "rows": len(self.rows),
-            "file": self.file,
-        }
-        if self.value is not None:
-            record["value"] = self.value
-        return record
+        return self.outline().record()
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive pieces of a source that are planned together, and the decisions on their rows.
+
+    Attributes:
+        number: number of the chunk.
+        source: number of the source.
+        entry: number of its first entry.
+        counts: rows of each of its pieces.
+        low: first row, of all rows.
+        kept, splits, folds: see `Decisions`.
+    """
+
+    number: int
+    source: int
+    entry: int
+    counts: np.ndarray
+    low: int
+    kept: np.ndarray
+    splits: Labels
+    folds: np.ndarray
+
+
+def chunks(entries: Sequence[Entry], decisions: Decisions) -> Iterator[Chunk]:
+    """Yield the chunks of a dataset, in source order."""
+    kept, counts = decisions.kept, decisions.counts
+    number, first, low, rows = 0, 0, 0, 0
+    for last, entry in enumerate(entries):
+        rows += int(counts[last])
+        at_end = last + 1 == len(entries) or entries[last + 1].source != entry.source
+        if rows >= ROWS_A_CHUNK or at_end:
+            inside = slice(low, low + rows)
+            yield Chunk(
+                number,
+                entry.source,
+                first,
+                counts[first : last + 1],
+                low,
+                kept[inside],
+                decisions.splits.at(inside),
+                decisions.folds[inside],
+            )
+            number, first, low, rows = number + 1, last + 1, low + rows, 0
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Plans the parts of chunks, in any process.
+
+    Attributes:
+        rows: rows of the dataset.
+        held_out: see `Decisions`.
+        buckets: shapes of pictures.
+        reference_sizes: shape of the reference pictures of each bucket; None without references.
+    """
+
+    config: Config
+    rows: Rows
+    held_out: bool
+    buckets: Sequence[Size]
+    reference_sizes: Mapping[Size, Size] | None = None
+
+    @staticmethod
+    def of(
+        config: Config,
+        decisions: Decisions,
+        buckets: Sequence[Size],
+        reference_sizes: Mapping[Size, Size] | None = None,
+    ) -> "Planner":
+        return Planner(config, decisions.rows.for_tasks(), decisions.held_out, buckets, reference_sizes)
+
+    @cached_property
+    def _keys(self) -> RowKeys:
+        return RowKeys(self.config)
+
+    def parts(self, chunk: Chunk) -> Iterator[PlannedPart]:
+        """Yield the parts of a chunk."""
+        chosen = np.flatnonzero(chunk.kept)
+        if not len(chosen):
+            return
+        data = self.config.data
+        columns = ["row", "text", "digest", "width", "height", "stratum"]
+        columns += ["further"] if data.all_sources[0].further_columns else []
+        high = chunk.low + len(chunk.kept)
+        rows = _Rows(self.rows.read(chunk.low, high, columns).take(pa.array(chosen)), chunk, chosen)
+        splits = np.array(rows.splits, object)
+        scored = np.isin(splits, ("validation", "test")) | (not self.held_out)
+        training = np.flatnonzero((splits == "train") & ~scored)
+        shares = Shares(data.split_seed, data.validation, data.test)
+        digests = [rows.digests[n].encode() for n in training.tolist()]
+        scored[training] = are_floor_candidates(digests, shares)
+        for group, inside in self._groups(rows, scored).items():
+            yield from self._cut(chunk, group, inside, rows, scored)
+
+    def _groups(self, rows: "_Rows", scored: np.ndarray) -> dict[_Group, list[int]]:
+        """Return the rows of each group, both in the order of rows."""
+        data, groups = self.config.data, dict[_Group, list[int]]()
+        buckets = {size: self._bucket(size) for size in set(rows.sizes)}
+        streams = data.encode == "stream"
+        shown = scored.tolist()
+        for number, (split, fold, size) in enumerate(zip(rows.splits, rows.folds, rows.sizes, strict=True)):
+            value, bucket = None, buckets[size]
+            if data.balance:  # rounds of cross-validation train on the pictures of both
+                value = rows.strata[number] if split in ("train", "validation") else ""
+            groups.setdefault((split, fold, bucket, value), []).append(number)
+            if streams and split == "train" and shown[number]:
+                groups.setdefault(("floor", fold, bucket, value and ""), []).append(number)
+        return groups
+
+    def _bucket(self, size: Size) -> Size:
+        return nearest_bucket(size, self.buckets) if len(self.buckets) > 1 else self.buckets[0]
+
+    def _cut(
+        self, chunk: Chunk, group: _Group, inside: list[int], rows: "_Rows", scored: np.ndarray
+    ) -> Iterator[PlannedPart]:
+        """Yield the parts of a group of a chunk's rows."""
+        split, fold, bucket, value = group
+        data, each = self.config.data, self.config.data.augmentation.variants if split == "train" else 1
+        numbers = np.repeat(inside, each)
+        variants = np.tile(np.arange(each, dtype=np.int16), len(inside))
+        shown = (scored[numbers] | (split == "floor")) & (variants == 0)
+        size = self.reference_sizes[bucket] if self.reference_sizes else None
+        pixels = bucket[0] * bucket[1] * (1 + data.has_control)
+        if size:
+            pixels += size[0] * size[1] * len(rows.further[inside[0]])
+        limit = min(MAX_ROWS_A_PART, max(8, PIXELS_A_PART // (3 * pixels)))
+        for start in range(0, len(numbers), limit):
+            part = slice(start, start + limit)
+            some = numbers[part].tolist()
+            drawn = zip(some, variants[part].tolist(), shown[part].tolist(), strict=True)
+            keys = [
+                self._keys.key(rows.digests[n], rows.texts[n], bucket, variant, split, show, rows.further[n])
+                for n, variant, show in drawn
+            ]
+            yield PlannedPart(
+                split,
+                fold,
+                chunk.source,
+                chunk.number,
+                bucket,
+                rows.entries[numbers[part]],
+                rows.numbers[numbers[part]],
+                variants[part],
+                shown[part],
+                [rows.digests[n] for n in some],
+                keys,
+                hashlib.sha256(b"".join(keys)).hexdigest()[:32] + ".parquet",
+                [rows.texts[n] for n in some] if data.captioning.model is not None else None,
+                value,
+                size,
+                data.has_masks,
+                [rows.further[n] for n in some] if rows.further[some[0]] else None,
+                data.brings_control,
+            )
+
+
+class _Rows:
+    """Kept rows of a chunk, by column."""
+
+    def __init__(self, table: pa.Table, chunk: Chunk, chosen: np.ndarray) -> None:
+        of_entry = np.repeat(np.arange(len(chunk.counts), dtype=np.int32), chunk.counts)
+        self.entries = chunk.entry + of_entry[chosen]
+        self.numbers = table["row"].to_numpy().astype(np.int32)
+        self.splits = chunk.splits.at(chosen).tolist()
+        self.folds = chunk.folds[chosen].tolist()
+        self.sizes = list(zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True))
+        self.digests, self.texts = hex_digests(table), table["text"].to_pylist()
+        codes, names = labelled(table["stratum"])
+        self.strata = [names[code] for code in codes.tolist()]
+        self.further: list[tuple[str, ...]] = [()] * len(table)
+        if "further" in table.column_names:
+            self.further = [tuple(digests or ()) for digests in table["further"].to_pylist()]
 
 
 def plan_parts(
     config: Config,
     entries: Sequence[Entry],
-    index: Storage,
     decisions: Decisions,
     buckets: Sequence[Size],
     reference_sizes: Mapping[Size, Size] | None = None,
 ) -> Iterator[PlannedPart]:
-    """Yield the parts of all kept rows, chunk by chunk in source order.
-
-    Args:
-        buckets: shapes of pictures.
-        reference_sizes: shape of the reference pictures of each bucket; None without references.
-    """
-    data, keys = config.data, RowKeys(config)
-    shares = Shares(data.split_seed, data.validation, data.test)
-    columns = ["row", "text", "digest", "width", "height", "stratum"]
-    columns += ["further"] if data.all_sources[0].further_columns else []
-    tables = read_index(index, [entry.file for entry in entries], columns)
-    groups: dict[_Group, list[_Row]] = {}
-    row, chunk, in_chunk = 0, 0, 0
-    for number, (entry, table) in enumerate(zip(entries, tables, strict=True)):
-        values = zip(*(table[column].to_pylist() for column in columns), strict=True)
-        for name, text, digest, width, height, stratum, *others in values:
-            further = tuple(others[0] or ()) if others else ()
-            split = decisions.splits[row]
-            if not decisions.reasons[row]:
-                bucket = nearest_bucket((width, height), buckets) if len(buckets) > 1 else buckets[0]
-                scored = split in ("validation", "test") or not decisions.held_out
-                scored = scored or (split == "train" and is_floor_candidate(digest, shares))
-                # Rounds of cross-validation train on the pictures of both.
-                value = (stratum if split in ("train", "validation") else "") if data.balance else None
-                group = groups.setdefault((split, int(decisions.folds[row]), bucket, value), [])
-                for variant in range(data.augmentation.variants if split == "train" else 1):
-                    shown = scored and variant == 0
-                    key = keys.key(digest, text, bucket, variant, split, shown, further)
-                    group.append((number, name, variant, shown, digest, key, text, further))
-                if data.encode == "stream" and split == "train" and scored:
-                    key = keys.key(digest, text, bucket, 0, "floor", True, further)
-                    floor = groups.setdefault(("floor", int(decisions.folds[row]), bucket, value and ""), [])
-                    floor.append((number, name, 0, True, digest, key, text, further))
-            row += 1
-        in_chunk += len(table)
-        last = number + 1 == len(entries)
-        if last or in_chunk >= ROWS_A_CHUNK or entries[number + 1].source != entry.source:
-            yield from _cut(groups, entry.source, chunk, data, reference_sizes)
-            groups, in_chunk, chunk = {}, 0, chunk + 1
-
-
-def _cut(
-    groups: dict[_Group, list[_Row]],
-    source: int,
-    chunk: int,
-    data: DataConfig,
-    reference_sizes: Mapping[Size, Size] | None,
-) -> Iterator[PlannedPart]:
-    for (split, fold, bucket, value), group in groups.items():
-        size = reference_sizes[bucket] if reference_sizes else None
-        pixels = bucket[0] * bucket[1] * (1 + data.has_control)
-        if size:
-            pixels += size[0] * size[1] * len(group[0][-1])
-        limit = min(MAX_ROWS_A_PART, max(8, PIXELS_A_PART // (3 * pixels)))
-        for start in range(0, len(group), limit):
-            numbers, rows, variants, scored, digests, keys, texts, further = zip(
-                *group[start : start + limit], strict=True
-            )
-            name = hashlib.sha256(b"".join(keys)).hexdigest()[:32]
-            yield PlannedPart(
-                split,
-                fold,
-                source,
-                chunk,
-                bucket,
-                np.array(numbers, np.int32),
-                np.array(rows, np.int32),
-                np.array(variants, np.int16),
-                np.array(scored, bool),
-                list(digests),
-                list(keys),
-                f"{name}.parquet",
-                list(texts) if data.captioning.model is not None else None,
-                value,
-                size,
-                data.has_masks,
-                list(further) if further[0] else None,
-                data.brings_control,
-            )
-
-
-class RowKeys:
-    """Keys of rows: 16-byte hashes of everything that an encoding depends on, except the encoders.
-
-    The encoders' digest names the cache's folder.
-    """
-
-    def __init__(self, config: Config) -> None:
-        settings = config.data.affecting(Effect.ENCODINGS)
-        self.augmentation, self.seed = settings.pop("augmentation"), config.seed
-        self.is_augmented = config.data.augmentation.is_active
-        self.settings = list(settings.values())
-        self.config = config
-
-    @cached_property
-    def _stored(self) -> list[object]:
-        """What is stored of further pictures: models with the same encoders share the cache."""
-        data, model = self.config.data, self.config.model
-        stored: list[object] = [data.num_references, data.has_masks, painter(self.config) is not None]
-        stored += ["control", self._control_form] if data.brings_control else []
-        family = family_in(local_path(model.base), revision=model.revision)
-        return [*stored, family.pipeline_class] if family.text.sees_references else stored
-
-    @cached_property
-    def _computed(self) -> list[object]:
-        """What control images that are computed depend on beside the settings."""
-        from ray_jobs.weights.conditioner import VERSION, conditioner_digest  # imports PyTorch
-
-        data = self.config.data
-        if data.brings_control or not data.has_control:
-            return []
-        return ["computed control", self._control_form, VERSION, conditioner_digest(data.control)]
-
-    @property
-    def _control_form(self) -> str | None:
-        """What the model's ControlNets look at."""
-        model = self.config.model
-        control = family_in(local_path(model.base), revision=model.revision).control
-        return control.form if control else None
-
-    def key(
-        self,
-        digest: str,
-        text: str,
-        bucket: Size,
-        variant: int,
-        split: str,
-        shown: bool,
-        further: tuple[str, ...] = (),
-    ) -> bytes:
-        """Return the key of a row of a split."""
-        depends: list[object] = [VERSION, digest, text, bucket, *self.settings, shown, *further]
-        depends += self._stored if further else []
-        depends += self._computed
-        if split == "train" and self.is_augmented:
-            depends += [self.seed, variant, self.augmentation]
-        return hashlib.sha256(json.dumps(depends).encode()).digest()[:16]
+    """Yield the parts of all kept rows, chunk by chunk in source order, in this process."""
+    planner = Planner.of(config, decisions, buckets, reference_sizes)
+    return (part for chunk in chunks(entries, decisions) for part in planner.parts(chunk))
