@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from ray_jobs.config import Config
 from ray_jobs.data.curation.captions import count_captions
+from ray_jobs.data.curation.cleaning import COLOUR_FIELDS
 from ray_jobs.data.curation.decisions import ROWS_A_PARTITION, Decisions
 from ray_jobs.data.curation.rows import Rows, Run, fixed_bytes, labelled
 from ray_jobs.run.manifest import Class, Composition, Spread
@@ -144,7 +145,7 @@ def shorter_sides(table: pa.Table) -> np.ndarray:
 
 def _brightness(table: pa.Table) -> np.ndarray:
     """Mean luma of each picture, from the colours of its fields: float64, 0..255."""
-    colours = np.frombuffer(fixed_bytes(table["colours"], 48), np.uint8).reshape(len(table), -1, 3)
+    colours = np.frombuffer(fixed_bytes(table["colours"], 48), np.uint8).reshape(-1, COLOUR_FIELDS**2, 3)
     return np.asarray(colours.mean(axis=1) @ LUMA)
 
 
