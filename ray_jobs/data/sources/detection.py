@@ -82,7 +82,7 @@ def open_source(
             )
         used = set(kind.files)
         if isinstance(source, folders.Folder):
-            used |= source.listed()
+            used |= source.listed(listing)
         rest = list(listing.left_out(used, *kind.rest, first=len(source.pieces)))
         return replace(source, pieces=[*source.pieces, *rest], notes=notes, captions=captions)
     except OSError as error:

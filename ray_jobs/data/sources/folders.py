@@ -24,6 +24,7 @@ from ray_jobs.data.sources.samples import (
     incomplete,
     legible,
 )
+from ray_jobs.data.sources.set_down import Batch, BatchFile
 from ray_jobs.pictures.reading import Rejected
 
 ROWS_A_PIECE = 128
@@ -56,9 +57,13 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Rows(Piece):
-    """Up to ROWS_A_PIECE pictures, as Arrow data, which takes a third of the memory of Python strings."""
+    """Up to ROWS_A_PIECE pictures, as Arrow data."""
 
-    rows: pa.RecordBatch  # with SCHEMA
+    batch: Batch  # with SCHEMA
+
+    @property
+    def rows(self) -> pa.RecordBatch:
+        return self.batch.read()
 
 
 @dataclass(frozen=True)
@@ -73,16 +78,20 @@ class Folder(Source):
     folder: str
     described_by: tuple[str, ...] = field(default=(), kw_only=True)
 
-    def listed(self) -> set[str]:
-        """Files named by the rows, as paths relative to the folder."""
-        names = set[str]()
+    def listed(self, listing: Listing) -> set[str]:
+        """Files of the folder, or below links in it, that the rows name: paths relative to the folder."""
+        linked = tuple(f"{name}/" for name in listing.links)
+        found = set[str]()
         for piece in self.pieces:
             assert isinstance(piece, Rows)
-            for column in ("file_name", "text_file"):
-                names.update(path_inside(name) or "" for name in piece.rows[column].to_pylist() if name)
-            for further in piece.rows["further"].to_pylist():
-                names.update(path_inside(name) or "" for name in further)
-        return names
+            rows = piece.rows
+            names = [*rows["file_name"].to_pylist(), *rows["text_file"].to_pylist()]
+            names += [name for further in rows["further"].to_pylist() for name in further]
+            for name in filter(None, names):
+                inside = name if name in listing.files else path_inside(name) or ""
+                if inside in listing.files or inside in listing.links or inside.startswith(linked):
+                    found.add(inside)
+        return found
 
     def captions_of(self, piece: "Rows") -> list[tuple[Row, str]]:
         """Rows of a piece with their captions, "" where there is none, without reading the pictures."""
@@ -146,7 +155,7 @@ def path_inside(name: str) -> str | None:
     slashed = posixpath.normpath(name.replace("\\", "/"))
     if slashed.startswith("/") or slashed.split("/")[0] == ".." or re.match("[A-Za-z]:/", slashed):
         return None
-    return posixpath.normpath(name)
+    return posixpath.normpath(name) if "\\" in name else slashed
 
 
 def _real_path(folder: str, inside: str) -> str:
@@ -205,13 +214,15 @@ def folder_of_rows(listing: Listing, rows: Iterable[Row], label: str) -> Folder:
     """Divide `rows` into pieces, named after `label`."""
 
     def stamp(name: str | None) -> Stamp | None:
-        found = listing.files.get(name or "")
-        inside = None if found else path_inside(name or "")
+        if not name:
+            return None
+        found = listing.files.get(name)
+        inside = None if found else path_inside(name)
         if inside and inside not in listing.files and isinstance(listing.filesystem, fs.LocalFileSystem):
             return file_stamp(f"{listing.folder}/{inside}")  # behind a link, or missing
         return found or listing.files.get(inside or "")
 
-    remaining, pieces, count = iter(rows), list[Piece](), 0
+    remaining, pieces, count, file = iter(rows), list[Piece](), 0, BatchFile(SCHEMA)
     while batch := list(islice(remaining, ROWS_A_PIECE)):
         stamps = [(stamp(row.file_name), stamp(row.text_file), *map(stamp, row.further)) for row in batch]
         # As in releases without further pictures, where there are none.
@@ -222,7 +233,7 @@ def folder_of_rows(listing: Listing, rows: Iterable[Row], label: str) -> Folder:
             for column, field in zip(zip(*batch, strict=True), SCHEMA, strict=True)
         ]
         name = f"{label} {count + 1}-{count + len(batch)}"
-        pieces.append(Rows(len(pieces), name, digest, pa.record_batch(columns, schema=SCHEMA)))
+        pieces.append(Rows(len(pieces), name, digest, file.set_down(pa.record_batch(columns, schema=SCHEMA))))
         count += len(batch)
     return Folder(listing.name, count, pieces, listing.filesystem, listing.folder)
 

@@ -96,13 +96,13 @@ def _rows(
         columns = (config.image_column or FILE_COLUMN, caption)
         line = f"{where}: line {number}"
         row = _row(line, fields, columns, stratify)
-        named = _further(line, fields, config.further_columns)
-        never = [column for column in never if Element.of(column, fields).column not in fields]
-        row = row._replace(
-            further=named, is_utf8=row.is_utf8 and all(name == legible(name) for name in named)
-        )
+        if config.further_columns:
+            named = _further(line, fields, config.further_columns)
+            never = [column for column in never if Element.of(column, fields).column not in fields]
+            legibly = row.is_utf8 and all(name == legible(name) for name in named)
+            row = row._replace(further=named, is_utf8=legibly)
         if folder:
-            inside = tuple(f"{folder}/{name}" if name else "" for name in named)
+            inside = tuple(f"{folder}/{name}" if name else "" for name in row.further)
             row = row._replace(file_name=f"{folder}/{row.file_name}", further=inside)
         yield row
     if never and fields:
@@ -190,9 +190,9 @@ def _further(where: str, fields: Fields, columns: Sequence[str]) -> tuple[str, .
 
 def _row(where: str, fields: Fields, columns: tuple[str, str], stratify: str | None) -> Row:
     """Build a row from a line's fields; `columns` names those of the file name and the caption."""
-    fixes = dict(zip(columns, ("image_column", "caption_column"), strict=True))
     for field in (*columns, *([stratify] if stratify else [])):
         if field not in fields:
+            fixes = dict(zip(columns, ("image_column", "caption_column"), strict=True))
             found = ", ".join(fields) or "nothing"
             fix = "correct data.stratify or data.balance"
             if field in fixes:
@@ -206,9 +206,10 @@ def _row(where: str, fields: Fields, columns: tuple[str, str], stratify: str | N
                 f"{where}: field {field!r} must be a text, not {value!r}; put it in double quotes"
             )
     stratum = fields[stratify] if stratify else None
+    name, caption = legible(file_name), None if text is None else legible(text)
     return Row(
-        file_name=legible(file_name),
-        text=None if text is None else legible(text),
+        file_name=name,
+        text=caption,
         stratum="" if stratum is None else legible(str(stratum)),
-        is_utf8=file_name + (text or "") == legible(file_name + (text or "")),
+        is_utf8=(name, caption) == (file_name, text),
     )

@@ -25,6 +25,7 @@ WITHOUT_CAPTION = frozenset({"missing_caption", "empty_caption"})  # problems th
 
 PLAIN_SUFFIX = re.compile(r"\.[\w.+-]{1,24}|hidden|without a suffix")
 OTHER_NAMES = "of other names"
+SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def fingerprint(*parts: object) -> str:
 
 def legible(text: str) -> str:
     """Make text storable as UTF-8 by replacing lone surrogates, which stand for undecodable bytes."""
-    return re.sub(r"[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text)
+    return text if text.isascii() else SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def check_caption(text: str | None) -> str:
