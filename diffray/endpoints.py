@@ -88,8 +88,7 @@ class Endpoint:
 
         Args:
             images: pictures to draw from, an edit, or one: paths, contents of files, or PIL pictures.
-            mask: for models that paint into masks: a PNG of the image's size, transparent where it is to be
-                painted.
+            mask: a PNG of the first image's size, transparent where it is to be painted.
             fields: further fields of the request, as `steps`, `negative_prompt` or, with `images`, `strength`
                 (docs/serving.md).
 

@@ -44,7 +44,7 @@ UNSUPPORTED_FIELDS = {
     "frame_duration_ms": Unsupported(STILL),
     "input_fidelity": Unsupported("send a smaller strength, which keeps more of the image", ("low",)),
     "markup": Unsupported("send a mask of what is to change instead, and what it is to be in the prompt"),
-    "mask": Unsupported("this model, or a request without an image, draws the whole image"),
+    "mask": Unsupported("send it as a file to /v1/images/edits, with its image"),
     "moderation": Unsupported("the server's own safety checker sees every image; send auto"),
     "style": Unsupported("write the style into the prompt, or choose a model or adapters that have it"),
     "svg": Unsupported(STILL),
@@ -203,7 +203,8 @@ class EditRequest(ImageRequest):
         le=1,
         allow_inf_nan=False,
         description="How far the one image, with which drawing begins, may change, up to 1: completely. "
-        f"Default: {STRENGTH}; for models that take references, none: the images are references.",
+        f"Default: {STRENGTH}, with a mask 1; for models that take references, none: the images are "
+        "references.",
     )
 
 
@@ -372,7 +373,10 @@ class ModelCard(BaseModel):
     references: int = Field(
         description="Maximum number of an edit's reference images; 0: an edit begins with its one image."
     )
-    masks: bool = Field(description="True: an edit paints into its one image, where its mask is transparent.")
+    masks: bool = Field(
+        description="True: the model was trained to paint into masks, and an edit needs one; others may have "
+        "one, outside of which the image stays."
+    )
 
 
 class ModelList(BaseModel):

@@ -68,11 +68,14 @@ class Schedule(NamedTuple):
             call the denoiser once per step; PNDM makes one call more.
         noise_scale: factor on standard normal noise in the first latents.
         image_scale: factor on the input image's latents in the first latents; 0 without an input image.
+        levels: float32, denoiser calls x 2, on the CPU: the factors on an image's latents and on noise that
+            make latents of the level after each call; empty unless asked for.
     """
 
     table: torch.Tensor
     noise_scale: float
     image_scale: float = 0.0
+    levels: torch.Tensor = torch.empty(0, 2)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -154,6 +157,8 @@ def tabulate(
     num_steps: int,
     latent_shape: Sequence[int],
     strength: float | None = None,
+    *,
+    levels: bool = False,
 ) -> Schedule:
     """Return the coefficients of a diffusers scheduler for a step count.
 
@@ -162,6 +167,7 @@ def tabulate(
         latent_shape: (..., h, w), by which some families shift their noise levels.
         strength: in (0, 1], the share of the steps that image-to-image runs: the last ones, starting from the
             input image noised to their level (SDEdit, arXiv 2108.01073). None to start from noise alone.
+        levels: also return `Schedule.levels`.
 
     Raises:
         NoStepsLeft: `strength` leaves no step to run.
@@ -179,6 +185,10 @@ def tabulate(
         image_scale, noise_scale = 0.0, float(getattr(scheduler, "init_noise_sigma", 1.0))
         if strength is not None:
             image_scale, noise_scale = _noise_levels(scheduler, first)
+        reached = []
+        if levels:
+            later = range(first + 1, len(scheduler.timesteps))
+            reached = [*(_noise_levels(deepcopy(scheduler), call) for call in later), (1.0, 0.0)]
         walk = _walk_plms if num_earlier(scheduler) else _walk
         rows = walk(scheduler, scheduler.timesteps[first:])
         ends = [*(row[0] for row in rows[1:]), 0.0]
@@ -189,7 +199,7 @@ def tabulate(
     except (ValueError, IndexError, ZeroDivisionError) as error:
         name = type(scheduler).__name__
         raise ValueError(f"{name} cannot sample in {num_steps} steps; choose another number") from error
-    return Schedule(table, noise_scale, image_scale)
+    return Schedule(table, noise_scale, image_scale, torch.tensor(reached).reshape(-1, 2))
 
 
 def _noise_levels(scheduler: Scheduler, first: int) -> tuple[float, float]:

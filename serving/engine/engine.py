@@ -201,7 +201,10 @@ class Engine:
                 "previews", f"{request.previews}; on_preview is required with previews, and only then"
             )
         strength = None if request.image is None else request.strength
-        schedule = self._schedule(request.steps, *size, strength, request.zero_terminal_snr)
+        blends = request.masked is not None and not self.family.paints_masks
+        if blends and strength == 1 and not hasattr(self.pipeline.scheduler, "scale_noise"):
+            strength = None  # from noise alone, as in diffusers' pipelines that are not of flow matching
+        schedule = self._schedule(request.steps, *size, strength, request.zero_terminal_snr, blends)
         guided = request.guidance_scale > 1 and not self.guidance_embedded
         row = Row(request, schedule, size, next(self._arrivals), on_preview, guided)
         if self.family.paints_masks:
@@ -259,12 +262,14 @@ class Engine:
         width: int,
         strength: float | None = None,
         zero_terminal_snr: bool = False,
+        levels: bool = False,
     ) -> Schedule:
         scheduler = self.pipeline.scheduler
         if zero_terminal_snr:  # changes neither `clip` nor `num_earlier`
             scheduler = trained_scheduler(scheduler)
         try:
-            return tabulate(scheduler, self.family, num_steps, self.latent_shape(height, width), strength)
+            shape = self.latent_shape(height, width)
+            return tabulate(scheduler, self.family, num_steps, shape, strength, levels=levels)
         except NoStepsLeft as error:
             raise RequestError("strength", str(error)) from error
         except ValueError as error:
@@ -338,6 +343,8 @@ class Engine:
         latents, clean, earlier = advance(step, latents, guided, clean, self.clip, earlier)
         for i, row in enumerate(rows):
             row.latents, row.clean = latents[i], clean[i]
+            if row.blend is not None:
+                row.latents = row.blend.into(latents[i], row.schedule.levels[row.done])
             if earlier is not None:
                 row.earlier = earlier[i]
         self.scheduler.stepped(rows)

@@ -14,6 +14,7 @@ from ray_jobs.diffusion.protocols import Pipeline
 from ray_jobs.diffusion.sampling import UNGUIDED
 from ray_jobs.diffusion.solvers import Schedule
 from serving.engine.batched_lora import Adapter
+from serving.engine.blending import Blend
 from serving.request import Request, RequestError
 
 
@@ -113,8 +114,9 @@ def _check_masked(request: Request, size: tuple[int, int], paints_masks: bool) -
     masked = request.masked
     if masked is None:
         return
-    if not paints_masks:
-        raise RequestError("masked", "given; this model paints into no masks")
+    if not paints_masks and request.image is None:
+        reason = "given without image; this model paints into masks only by blending with the picture"
+        raise RequestError("masked", reason)
     if masked.dtype != torch.uint8 or masked.shape != (*size, 4):
         reason = (
             f"{tuple(masked.shape)} of {masked.dtype}; uint8, {size[0]} x {size[1]} x 4 is needed, as "
@@ -169,6 +171,7 @@ class Row:
     masked: torch.Tensor | None = None  # as of the request; None where the model paints into no masks
     unencoded: list[Picture] = field(default_factory=list)
     references: dict[int, torch.Tensor] = field(default_factory=dict)  # latents, C x ..., by number
+    blend: Blend | None = None  # set where a model without masks paints into one
     painting: Conditions = field(default_factory=dict)  # conditions of the masked picture, without rows
     done: int = 0  # steps done
     last_call: int = 0  # denoiser call in which the row last stepped, or after which it joined

@@ -11,6 +11,7 @@ import torch
 from ray_jobs.diffusion.families import family_of
 from ray_jobs.diffusion.protocols import Pipeline
 from ray_jobs.diffusion.sampling import decode_latents, encode_masked, encode_pictures, encode_references
+from serving.engine.blending import Blend, outside_kept, painted_latents
 from serving.engine.cpu_workers import CPUWorkers
 from serving.engine.rows import Row
 from serving.engine.scheduler import Decoding, Encoding
@@ -40,13 +41,21 @@ class Decoder:
         for each, pixels in zip(chunk, pictures.unbind(), strict=True):
             if each.last:
                 self.pictures += 1
-                each.row.succeed(pixels)
+                each.row.succeed(_kept(each.row, pixels))
                 continue
             assert each.row.on_preview is not None
             try:
-                each.row.on_preview(each.done, pixels)
+                each.row.on_preview(each.done, _kept(each.row, pixels))
             except Exception as error:  # the caller's code, which must not fail other rows of the chunk
                 each.row.fail(error)
+
+
+def _kept(row: Row, pixels: torch.Tensor) -> torch.Tensor:
+    """Return a row's decoded pixels; where it paints by blending, with its picture's outside the mask."""
+    if row.blend is None:
+        return pixels
+    assert row.request.masked is not None
+    return outside_kept(pixels, row.request.masked)
 
 
 def encode(pipeline: Pipeline, chunk: Sequence[Encoding], device: str) -> None:
@@ -75,6 +84,10 @@ def _set_initial_latents(pipeline: Pipeline, rows: Sequence[Row], pixels: torch.
     latents = encode_pictures(pipeline, pixels, posterior)
     for i, row in enumerate(rows):
         row.latents = row.schedule.image_scale * latents[i] + row.schedule.noise_scale * noise[i]
+        if len(row.schedule.levels):
+            assert row.request.masked is not None
+            painted = painted_latents(family_of(pipeline).codec, row.request.masked, tuple(latents[i].shape))
+            row.blend = Blend(latents[i], noise[i], painted.to(device))
 
 
 def _set_painting(pipeline: Pipeline, rows: Sequence[Row], pixels: torch.Tensor, device: str) -> None:

@@ -339,8 +339,8 @@ def _form(model: type[EditRequest]) -> dict[str, object]:
     schema["properties"][MASK_FIELD] = {
         "type": "string",
         "format": "binary",
-        "description": "For models that paint into masks: a PNG of the image's size, transparent where that "
-        "is to be painted.",
+        "description": "A PNG of the first image's size, transparent where that is to be painted; the rest "
+        "stays as it is.",
     }
     return schema
 

@@ -365,16 +365,19 @@ def _with_pixels(routed: RoutedRequest, thread: "EngineThread") -> Request:
     request, engine = routed.request, thread.engine
     if routed.mask is not None:
         size = (request.height, request.width) if request.height and request.width else None
-        masked = read_masked(routed.references[0], routed.mask, size, engine.size_multiple, engine.max_side)
+        picture = routed.references[0] if routed.image is None else routed.image
+        masked = read_masked(picture, routed.mask, size, engine.size_multiple, engine.max_side)
         height, width = masked.shape[:2]
         image = None if routed.image is None else masked[..., :3]
-        return replace(request, masked=masked, image=image, height=height, width=width)
+        request = replace(request, masked=masked, image=image, height=height, width=width)
+        if engine.family.paints_masks:
+            return request
     if routed.references:
         trained = routed.version.reference_resolution if routed.version else None
         pictures, size = read_references(routed.references, engine.size_multiple, engine.max_side, trained)
         height, width = request.height or size[0], request.width or size[1]
         request = replace(request, references=pictures, height=height, width=width)
-    if routed.image is not None:
+    if routed.image is not None and routed.mask is None:
         height, width = engine.own_size
         image = read_picture(routed.image, request.height or height, request.width or width)
         request = replace(request, image=image)

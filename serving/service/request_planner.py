@@ -20,7 +20,6 @@ from serving.schemas import (
     EditRequest,
     ImageRequest,
     VariationRequest,
-    unsupported,
     width_and_height,
 )
 from serving.service.registry_watcher import RegistryWatcher
@@ -207,7 +206,7 @@ class RequestPlanner:
         """Return the strength of an edit that begins with its image, and the references of another.
 
         Raises:
-            APIError: 400, there are too many images, or the mask is missing or of no use.
+            APIError: 400, there are too many images, or the mask is missing.
         """
         traits = await self.replicas.traits()
         if traits.paints_masks:
@@ -220,17 +219,16 @@ class RequestPlanner:
             if len(images) > 1:
                 raise _too_many(images, "this model paints into one")
             return request.strength, tuple(images)
-        if mask is not None:
-            raise unsupported("mask")
         limit = traits.max_references
         if limit and request.strength is None:
             if len(images) > limit:
                 raise _too_many(images, f"this model takes at most {limit}")
-            return None, tuple(images)
+            # Into a mask, it paints by blending with the first one.
+            return None if mask is None else 1.0, tuple(images)
         if len(images) > 1:
             reason = "with strength, drawing begins with one" if limit else "drawing begins with one"
             raise _too_many(images, reason)
-        return request.strength or STRENGTH, ()
+        return request.strength or (STRENGTH if mask is None else 1.0), ()
 
 
 def _too_many(images: Sequence[bytes], reason: str) -> APIError:

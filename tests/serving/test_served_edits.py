@@ -356,6 +356,27 @@ def test_models_say_how_many_references_they_take(url: str) -> None:
     assert (image["type"], image["items"]["format"]) == ("array", "binary")
 
 
+def test_a_mask_keeps_the_rest_of_the_first_reference(client: openai.OpenAI, attentive_model: Path) -> None:
+    hole = np.full((64, 64, 4), 255, np.uint8)
+    hole[8:40, 16:48, 3] = 0
+    file = io.BytesIO()
+    Image.fromarray(hole).save(file, "PNG")
+    answer = edited(client, FILES[::-1], mask=file.getvalue())
+    drawn_in, given = pixels(answer.data[0]), picture(2, 64, 64)
+    outside = torch.from_numpy(hole[..., 3] != 0)
+    assert torch.equal(drawn_in[outside], given[outside])
+    (expected,) = drawn(
+        Engine(load_pipeline(str(attentive_model))),
+        Request(
+            *("a red star", 3, 3, 2.0, None, 64, 64),
+            image=given,
+            masked=torch.cat([given, torch.from_numpy(hole[..., 3:])], dim=2),
+            references=read_references(FILES[::-1], 16, 128),
+        ),
+    )
+    assert (drawn_in.float() - expected).abs().max() <= 1
+
+
 @pytest.mark.parametrize(
     ("files", "fields", "param", "told"),
     [
@@ -369,7 +390,7 @@ def test_models_say_how_many_references_they_take(url: str) -> None:
         ),
         ([FILES[0], b"text"], {}, "image", "picture 2: not a picture in one of PNG, JPEG, WEBP"),
         ([as_file(picture(1, 16, 480))], {}, "image", "480x16 pixels; its shorter side must be at least 16"),
-        (FILES, {"mask": b"a mask"}, "mask", "not supported by this server"),
+        (FILES, {"mask": b"a mask"}, "mask", "not a readable PNG"),
         (FILES, {"size": "60x60"}, "size", "60; must be a multiple of 16 pixels"),
     ],
 )
