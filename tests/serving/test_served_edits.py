@@ -371,7 +371,7 @@ def test_a_mask_keeps_the_rest_of_the_first_reference(client: openai.OpenAI, att
             *("a red star", 3, 3, 2.0, None, 64, 64),
             image=given,
             masked=torch.cat([given, torch.from_numpy(hole[..., 3:])], dim=2),
-            references=read_references(FILES[::-1], 16, 128),
+            references=read_references(FILES[::-1], 16, 128).pictures,
         ),
     )
     assert (drawn_in.float() - expected).abs().max() <= 1
