@@ -78,17 +78,18 @@ export const models = async () => (await (await ask("models")).json()).data;
 export const giveFeedback = (body) => ask("feedback", body);
 
 /** An edit's fields and files. */
-function formOf({ images, ...fields }) {
+function formOf({ images, mask, ...fields }) {
   const form = new FormData();
   for (const [name, value] of Object.entries(fields)) form.append(name, value);
   for (const image of images) form.append("image[]", image);
+  if (mask) form.append("mask", mask);
   return form;
 }
 
 /**
  * The events of one picture: unfinished ones, then the finished one. Aborting the signal frees the server.
  *
- * `request`: the fields; with `images`, files to draw from, an edit.
+ * `request`: the fields; with `images`, files to draw from, an edit, and with `mask` the file of what is painted.
  */
 export async function* draw(request, signal) {
   const streamed = { ...request, stream: true, partial_images: 3 };

@@ -3,6 +3,7 @@
 import { ApiError, apiKey, giveFeedback, models, setApiKey } from "./api.js";
 import { EntryView, showGiven } from "./entries.js";
 import { entries, forget, forgetAll, keep } from "./history.js";
+import { clearMask, letPaint, paintedMask, showPainting, takeMask } from "./mask.js";
 import { asCurl, asPython, requestOf } from "./recipe.js";
 
 const MAX_SEED = 2 ** 31 - 1;
@@ -18,7 +19,7 @@ const say = (text) => (at("status").textContent = text);
 // --- the form
 
 /** The fields as a request; a field that is empty is left out. */
-function requestOfForm() {
+async function requestOfForm() {
   const request = {};
   for (const name of FIELDS) {
     const text = at(name).value.trim();
@@ -26,6 +27,7 @@ function requestOfForm() {
   }
   if (at("strength-field").hidden) delete request.strength;
   if (at("image").files.length) request.images = [...at("image").files];
+  if (!at("mask-field").hidden) request.mask = await paintedMask();
   return request;
 }
 
@@ -38,7 +40,7 @@ function showFieldError(name, words) {
 }
 
 function clearFieldErrors() {
-  for (const name of [...FIELDS, "image", "n"]) {
+  for (const name of [...FIELDS, "image", "mask", "n"]) {
     at(`${name}-error`).textContent = "";
     at(name).removeAttribute("aria-invalid");
   }
@@ -52,11 +54,12 @@ function findsMistake() {
   return false;
 }
 
-function drawForm(event) {
+async function drawForm(event) {
   event.preventDefault();
   clearFieldErrors();
   if (findsMistake()) return;
-  const request = requestOfForm();
+  const request = await requestOfForm();
+  if (request.mask === null) return showFieldError("mask", "Paint over what is to be drawn, or choose a mask.");
   const first = request.seed ?? Math.floor(Math.random() * (MAX_SEED + 1));
   const asked = [];
   for (let i = 0; i < Number(at("n").value || 1); i++) {
@@ -76,28 +79,42 @@ function drawForm(event) {
 function reuse({ request }) {
   for (const name of FIELDS) at(name).value = request[name] ?? "";
   if (at("model").selectedIndex < 0) at("model").value = "";
-  chooseImages(request.images ?? []);
+  chooseImages(request.images ?? [], request.mask);
   showModel();
   at("n").value = 1;
   at("settings").open = true;
   at("prompt").focus();
 }
 
-/** Put files into the form, as if a person had chosen them. */
-function chooseImages(files) {
+/** Put files into the form, as if a person had chosen them; `mask`: what was painted over the first one. */
+function chooseImages(files, mask = null) {
   const chosen = new DataTransfer();
   for (const file of files) chosen.items.add(file);
   at("image").files = chosen.files;
-  showImages();
+  showImages(mask);
 }
 
-/** The chosen files. */
-function showImages() {
+/** The chosen files, the first with what `mask` says is painted. */
+function showImages(mask = null) {
   const files = [...at("image").files];
   at("chosen").hidden = !files.length;
   showGiven(at("chosen").querySelector(".given"), files);
   at("strength-field").hidden = files.length !== 1; // of several it would mean nothing
+  at("mask").value = "";
+  showMaskField();
+  if (files.length) tryMask(clearMask() && showPainting(files[0], mask)); // also for a model that is chosen later
   showOwnSize();
+}
+
+/** A picture is painted over only for a model that paints into masks. */
+function showMaskField() {
+  const paints = at("model").selectedOptions[0]?.dataset.masks === "true";
+  at("mask-field").hidden = !paints || !at("image").files.length;
+}
+
+/** Show what is wrong with a mask or its picture, once that is known. */
+async function tryMask(tried) {
+  at("mask-error").textContent = await tried.catch(() => "This picture cannot be shown.");
 }
 
 /** Which size is drawn if none is given: that of the first picture that the model looks at, or the model's own. */
@@ -110,14 +127,18 @@ function showOwnSize() {
 
 /** What the chosen model makes of pictures, and which sizes it draws. */
 function showModel() {
-  const { size, references = 0 } = at("model").selectedOptions[0]?.dataset ?? {};
+  const { size, references = 0, masks } = at("model").selectedOptions[0]?.dataset ?? {};
   const most = Number(references);
   at("image").multiple = most > 1;
   at("image-hint").textContent = most
     ? `The model looks at ${most > 1 ? `up to ${most} pictures` : "a picture"} while it draws.`
-    : "Drawing begins with the picture.";
-  at("strength").placeholder = most ? "none" : "0.8";
-  at("strength-hint").textContent = most
+    : masks === "true"
+      ? "The model paints into the part of the picture that you choose."
+      : "Drawing begins with the picture.";
+  showMaskField();
+  const optional = most || masks === "true";
+  at("strength").placeholder = optional ? "none" : "0.8";
+  at("strength-hint").textContent = optional
     ? "Optional, up to 1: drawing then begins with the picture and changes it that far."
     : "How far the picture may change, up to 1: completely.";
   if (size) showSizes(size);
@@ -261,7 +282,7 @@ function optionsOf(cards) {
   for (const card of cards) {
     const text = card.version && !card.id.includes("@") ? `${card.id} (version ${card.version})` : card.id;
     const option = new Option(text, card.id);
-    Object.assign(option.dataset, { size: card.size, references: card.references });
+    Object.assign(option.dataset, { size: card.size, references: card.references, masks: card.masks });
     groups[card.id === "base" ? "Other" : card.id.includes("@") ? "Versions" : ""].push(option);
   }
   return Object.entries(groups).flatMap(([label, options]) => {
@@ -334,7 +355,10 @@ at("draw-form").addEventListener("keydown", (event) => {
 at("cancel").addEventListener("click", () => drawing.forEach((view) => view.controller.abort()));
 at("compare").addEventListener("change", showComparing);
 at("model").addEventListener("change", showModel);
-at("image").addEventListener("change", showImages);
+at("image").addEventListener("change", () => showImages());
+at("mask").addEventListener("change", () => at("mask").files.length && tryMask(takeMask(at("mask").files[0])));
+at("clear-mask").addEventListener("click", () => (clearMask(), (at("mask").value = "")));
+letPaint(() => (at("mask-error").textContent = ""));
 at("strength").addEventListener("input", showOwnSize);
 at("without").addEventListener("click", () => (chooseImages([]), at("image").focus()));
 at("key-form").addEventListener("submit", (event) => (event.preventDefault(), changeKey(at("key").value.trim())));

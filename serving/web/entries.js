@@ -100,7 +100,7 @@ export class EntryView {
     this.models = models;
     parts(this.root, ".prompt").textContent = request.prompt;
     this.given = parts(this.root, ".given");
-    showGiven(this.given, request.images ?? []);
+    showGiven(this.given, [...(request.images ?? []), ...(request.mask ? [request.mask] : [])]);
     const on = (selector, act) => parts(this.root, selector).addEventListener("click", () => act(this));
     on(".again", acts.again);
     on(".reuse", acts.reuse);

@@ -1,6 +1,6 @@
 // A picture's parameters as a program that draws it again.
 
-/** The fields of a request that draws a picture of the history again; `images` are the files of an edit. */
+/** The fields of a request that draws a picture of the history again; `images` and `mask` are the files of an edit. */
 export function requestOf({ request, seed, model, size }) {
   return { ...request, model: model ?? request.model, seed, size: size ?? request.size };
 }
@@ -12,14 +12,16 @@ const quoted = (text) => `'${text.replaceAll("'", `'\\''`)}'`;
  * edit are taken from the current folder.
  */
 export function asCurl(body, { root, needsKey }) {
-  const { images, ...fields } = body;
+  const { images, mask, ...fields } = body;
   const path = images ? "edits" : "generations";
   const lines = [`curl --silent --show-error --fail-with-body ${quoted(`${root}v1/images/${path}`)}`];
   if (needsKey) lines.push(`  --header "Authorization: Bearer $DIFFRAY_KEY"`);
   if (images) {
     const given = Object.entries(fields).filter(([, value]) => value !== undefined);
     lines.push(...given.map(([name, value]) => `  --form-string ${quoted(`${name}=${value}`)}`));
-    for (const { name } of images) lines.push(`  --form ${quoted(`image[]=@"${name.replace(/["\\]/g, "\\$&")}"`)}`);
+    const files = [...images.map((image) => ["image[]", image]), ...(mask ? [["mask", mask]] : [])];
+    for (const [field, { name }] of files)
+      lines.push(`  --form ${quoted(`${field}=@"${name.replace(/["\\]/g, "\\$&")}"`)}`);
   } else lines.push(`  --header 'Content-Type: application/json'`, `  --data ${quoted(JSON.stringify(body))}`);
   const decode = `  | sed 's/.*"b64_json":"\\([^"]*\\)".*/\\1/' | base64 --decode > picture.png`;
   return `${lines.join(" \\\n")} \\\n${decode}\n`;
@@ -27,7 +29,7 @@ export function asCurl(body, { root, needsKey }) {
 
 /** For OpenAI's Python client. */
 export function asPython(body, { root, needsKey }) {
-  const { images, prompt, model, size, ...ours } = body;
+  const { images, mask, prompt, model, size, ...ours } = body;
   const literal = (value) => JSON.stringify(value); // of strings and numbers: Python reads them alike
   const named = Object.entries({ prompt, model, size }).filter(([, value]) => value !== undefined);
   const extra = Object.entries(ours).map(([name, value]) => `${literal(name)}: ${literal(value)}`);
@@ -41,6 +43,7 @@ export function asPython(body, { root, needsKey }) {
     `client = OpenAI(base_url=${literal(`${root}v1`)}, api_key=${needsKey ? 'os.environ["DIFFRAY_KEY"]' : '"none"'})`,
     `answer = client.images.${images ? "edit" : "generate"}(`,
     ...(images ? [`    image=[${images.map(({ name }) => `open(${literal(name)}, "rb")`).join(", ")}],`] : []),
+    ...(mask ? [`    mask=open(${literal(mask.name)}, "rb"),`] : []),
     ...named.map(([name, value]) => `    ${name}=${literal(value)},`),
     `    extra_body={${extra.join(", ")}},`,
     ")",

@@ -1,5 +1,8 @@
 """What is painted into a mask is the picture of the family's own pipeline, in any batch and over HTTP."""
 
+import io
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
@@ -7,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import pytest
 import torch
+from PIL import Image
 
 from ray_jobs.config import Config
 from ray_jobs.registry.digests import weights_digest
@@ -26,6 +31,7 @@ from tests.serving.page_server import page_server
 from tests.serving.test_adapters import VARIANTS, write_adapter
 from tests.serving.test_engine import TOLERANCE, drawn
 from tests.serving.test_served_edits import as_file, picture, pixels
+from tests.serving.test_web import CHROMIUM, FIRST_PNG, chromium, copied, draw, opened, until
 from tests.tiny_models import BY_NAME, MODELS
 
 PAINTERS = [name for name in MODELS if BY_NAME[name][0].paints_masks]
@@ -154,3 +160,71 @@ def test_a_mask_that_cannot_be_painted_into_is_named(
     with pytest.raises(openai.BadRequestError, match=told) as refused:
         edited(url, FILE, **fields)
     assert refused.value.param == param
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs chromium on the PATH")
+def test_the_page_paints_into_what_is_painted_over_or_chosen(url: str, tmp_path: Path) -> None:
+    """Also again from its history, and by the programs that it copies."""
+    photo, hole = tmp_path / "photo.png", tmp_path / "hole.png"
+    photo.write_bytes(FILE)
+    hole.write_bytes(HOLE)
+    with (
+        chromium() as browser,
+        opened(browser, url, permissions=["clipboard-read", "clipboard-write"]) as page,
+    ):
+        page.select_option("#model", "base")
+        page.fill("#steps", "3")
+        page.fill("#guidance_scale", "30")
+        page.fill("#prompt", "a red star")
+        assert not page.is_visible("#mask-canvas")
+        page.set_input_files("#image", photo)
+        page.wait_for_selector("#mask-canvas")
+        page.click("#draw")
+        page.wait_for_selector("#mask-error:not(:empty)")
+        assert "Paint over what is to be drawn" in page.inner_text("#mask-error")
+        page.set_input_files("#mask", str(_named(tmp_path / "other.png", masked(2, 64, 64))))
+        until(page, "document.getElementById('mask-error').textContent.includes('112 × 72')")
+
+        page.set_input_files("#mask", hole)
+        until(page, "document.getElementById('mask-error').textContent === ''")
+        draw(page, "a red star", seed=3)
+        shown = page.evaluate(FIRST_PNG)
+        expected = edited(url, FILE, mask=HOLE)
+        assert torch.equal(_opened(bytes(shown)), pixels(expected.data[0]))
+        page.click(".python")
+        program = copied(page)
+        (tmp_path / "mask.png").write_bytes(HOLE)
+        subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=60)
+        assert torch.equal(_opened((tmp_path / "picture.png").read_bytes()), _opened(bytes(shown)))
+
+        page.reload()
+        page.click(".reuse")
+        page.wait_for_selector("#mask-canvas")
+        painted = (
+            "[...document.getElementById('mask-canvas').getContext('2d').getImageData(0, 0, 112, 72).data]"
+        )
+        share = f"{painted}.filter((value, place) => place % 4 === 3 && value === 255).length / (112 * 72)"
+        until(page, f"{share} > 0.1")
+        page.click("#clear-mask")
+        assert page.evaluate(share) == 0
+        box = page.locator("#mask-canvas").bounding_box()
+        page.mouse.move(box["x"] + 5, box["y"] + box["height"] / 2)
+        page.mouse.down()
+        page.mouse.move(box["x"] + box["width"] - 5, box["y"] + box["height"] / 2, steps=4)
+        page.mouse.up()
+        assert 0.05 < page.evaluate(share) < 0.4
+        page.click("#draw")  # the mask is made first, so that the entry comes a little later
+        until(page, "document.querySelectorAll('.entry').length === 2")
+        page.wait_for_selector("#cancel", state="hidden")
+        assert page.locator(".entry:first-child .given img").count() == 2
+        by_hand = page.evaluate(FIRST_PNG.replace("[0].pic", ".at(-1).pic"))
+        assert (_opened(bytes(by_hand)).int() - _opened(bytes(shown)).int()).abs().max() > 2
+
+
+def _named(file: Path, picture: torch.Tensor) -> Path:
+    file.write_bytes(as_file(picture))
+    return file
+
+
+def _opened(content: bytes) -> torch.Tensor:
+    return torch.from_numpy(np.array(Image.open(io.BytesIO(content))))
