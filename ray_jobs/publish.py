@@ -31,7 +31,7 @@ from ray_jobs.registry.models import REFERENCE, TEST_FEATURES, check_store
 from ray_jobs.report import closed_share, number
 from ray_jobs.run.command_line import run_stage
 from ray_jobs.run.folder import MODEL, REPORT, RunFolder
-from ray_jobs.run.records import KID, MIND, PREFERENCE, SUBJECT, TARGET, VOTES, Winner
+from ray_jobs.run.records import CONTROL, KID, MIND, PREFERENCE, SUBJECT, TARGET, VOTES, Winner
 from ray_jobs.run.samples import SAMPLES
 from ray_jobs.run.split import TEST
 from ray_jobs.training.checkpoint import WEIGHTS, damaged, weights_of
@@ -112,7 +112,7 @@ def _outcome(winner: Winner) -> list[str]:
         lines.insert(
             0, f"subject score, {unseen}: {base} (base) -> {number(score, digits, error)} (0 at best)"
         )
-    if winner.ranked_by in (KID, MIND, PREFERENCE, TARGET, VOTES):
+    if winner.ranked_by in (KID, MIND, PREFERENCE, TARGET, CONTROL, VOTES):
         name, digits = winner.measure
         base, own = (
             number(winner.value_of(f"{whose}test_{winner.ranked_by}")[0], digits) for whose in ("base_", "")

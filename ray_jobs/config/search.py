@@ -21,7 +21,9 @@ from ray_jobs.config.space import Dimensions, Range, num_points, range_of
 
 LEARNING_RATE = "train.learning_rate"
 
-RankedBy = Literal["corrected_fid", "fid", "kid", "mind", "preference", "subject", "target", "votes"]
+RankedBy = Literal[
+    "corrected_fid", "fid", "kid", "mind", "preference", "subject", "target", "control", "votes"
+]
 
 
 def _kind(values: object) -> str:
@@ -82,7 +84,9 @@ class SearchConfig(Section):
         "sliced Wasserstein distance, which has hardly any. preference: how much less evaluate.preference "
         "likes the pictures than the real ones of the same captions. subject: likeness to photos not trained "
         "on, learning by heart, and what is lost of class, variety and own prompts (docs/search.md). "
-        "target: distance of edits to the images that they should be. votes: share of held-out votes that "
+        "target: distance of edits to the images that they should be. control: corrected FID and "
+        "disagreement with control images together, as shares of the base's (docs/control.md); unless given, "
+        "with data.control.kind. votes: share of held-out votes that "
         "the model's implicit rewards order wrongly, among rungs whose FID is not worse than the beginning's "
         "by more than twice its error; unless given, with train.preference",
     )

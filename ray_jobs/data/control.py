@@ -2,18 +2,45 @@
 
 from cluster.fetched import local_path
 from ray_jobs.config import Config, ConfigError
+from ray_jobs.console import say
+from ray_jobs.run.records import CONTROL
 from ray_jobs.weights.model_files import family_in
+
+
+def suited_to_control(config: Config) -> Config:
+    """Return the configuration with `search.rank_by: control` if scores can tell it, unless given.
+
+    Raises:
+        ConfigError: as for `_check_ranking`.
+    """
+    search = config.search
+    if "rank_by" in search.model_fields_set or not config.data.control.kind:
+        _check_ranking(config)
+        return config
+    say("control", "ranks by FID and by how images follow control images (search.rank_by: control)")
+    return config.model_copy(update={"search": search.model_copy(update={"rank_by": CONTROL})})
+
+
+def _check_ranking(config: Config) -> None:
+    """Raise ConfigError if control images are to rank, and nothing says how they are computed."""
+    if config.search.rank_by == CONTROL and not config.data.control.kind:
+        raise ConfigError(
+            "search.rank_by: control compares the control images of drawn images with those that they were "
+            "given; say by data.control.kind how they are computed, or choose another score"
+        )
 
 
 def check_control(config: Config) -> None:
     """Check that the model's family has ControlNets, if rows have control images, and what computes these.
 
     Raises:
-        ConfigError: naming the field, if it has none, or a model of `data.control` cannot be used.
+        ConfigError: naming the field, if it has none, a model of `data.control` cannot be used, or scores
+            cannot tell what ranks.
     """
     from ray_jobs.weights.conditioner import check_conditioner
 
     data, base = config.data, config.model.base
+    _check_ranking(config)
     if not data.has_control:
         return
     family = family_in(local_path(base), revision=config.model.revision)

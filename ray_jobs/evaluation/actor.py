@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from ray_jobs.evaluation.scores import (
     Real,
     Scores,
     SetScores,
+    control_difference_by,
     difference_by,
     more_scores,
     near_copies,
@@ -32,12 +33,13 @@ from ray_jobs.evaluation.scores import (
     precision_and_recall,
     scores_of,
 )
+from ray_jobs.metrics.control import DISAGREEMENT
 from ray_jobs.metrics.copies import CopyDetector, DetectorFacts
 from ray_jobs.metrics.corrected import Correction
 from ray_jobs.metrics.edits import OUTSIDE, outside_change
 from ray_jobs.metrics.resampling import PairedDifference
 from ray_jobs.registry.models import TEST_FEATURES
-from ray_jobs.run.records import FID, PREFERENCE, Measurement
+from ray_jobs.run.records import CONTROL, FID, PREFERENCE, Measurement
 from ray_jobs.run.split import Split
 from ray_jobs.weights.feature_networks import Networks, NetworkSet, load_networks
 
@@ -47,11 +49,26 @@ if TYPE_CHECKING:
     from ray_jobs.diffusion.protocols import Pipeline
     from ray_jobs.evaluation.merged_adapters import MergedAdapters
     from ray_jobs.training.validation import HeldOutVotes, ValidationLoss
+    from ray_jobs.weights.conditioner import Conditioner
 
 R = TypeVar("R")
 
-References = list[tuple[list[bytes], bytes]]
-"""PNGs of rows' reference pictures, and of the picture that each row is to become."""
+
+class Shown(NamedTuple):
+    """PNGs of a row's pictures.
+
+    Attributes:
+        references: of its reference pictures; empty without any.
+        target: of the picture that it is to become.
+        control: of its control image; None without one.
+    """
+
+    references: list[bytes]
+    target: bytes
+    control: bytes | None = None
+
+
+References = list[Shown]
 
 FEATURES = "features.safetensors"  # features of a rung's pictures, stored with its checkpoint
 BARE = ""  # in place of weights: the base itself
@@ -112,6 +129,14 @@ class Evaluator:
         self._losses: dict[Split, ValidationLoss] = {}  # by split; each instance reads its rows once
         # By split, and whether votes are of earlier rounds, with the losses of what the run begins from.
         self._votes: dict[tuple[Split, bool], tuple[HeldOutVotes, tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    @cached_property
+    def conditioner(self) -> "Conditioner | None":
+        """What computes the control image of drawn pictures; None if nothing says how."""
+        from ray_jobs.weights.conditioner import load_conditioner
+
+        control = self.config.data.control
+        return load_conditioner(control, self.device) if control.kind else None
 
     @cached_property
     def networks(self) -> Networks:
@@ -249,15 +274,21 @@ class Evaluator:
         places: Sequence[int] = (),
     ) -> "Iterator[torch.Tensor]":
         """Yield batches of pictures: uint8, N x 3 x H x W."""
+        from ray_jobs.diffusion.families import family_of
+        from ray_jobs.diffusion.families.control import CONTROLNET
         from ray_jobs.diffusion.sampling import sample_pictures
 
         pipeline = self._use(weights)
         evaluate, side = self.config.evaluate, self.config.data.resolution
         looked_at = None
         if references is not None:
+            # The base of a ControlNet draws without.
+            is_controlled = CONTROLNET in family_of(pipeline).model(pipeline)
 
             def looked_at(number: int) -> "list[torch.Tensor]":
-                return [_pixels(data) for data in references[places[number]][0]]
+                row = references[places[number]]
+                control = [row.control] if row.control and is_controlled else []
+                return [_pixels(data) for data in (*row.references, *control)]
 
         return sample_pictures(
             pipeline,
@@ -358,7 +389,8 @@ class Evaluator:
     ) -> Features:
         """Sample one picture per caption and return its features, and its reward by the reward model.
 
-        Of edits there is also what changed outside of them, as features named `OUTSIDE` (`outside_change`).
+        Of edits there is also what changed outside of them, as features named `OUTSIDE` (`outside_change`),
+        and of pictures for control images how far they are from these, named `DISAGREEMENT`.
 
         Args:
             kept: destination of the pictures to save.
@@ -369,12 +401,16 @@ class Evaluator:
             places: the row in `references` of each picture.
         """
         drawn = self._sample(weights, captions, seeds, shapes, guidance_scale, references, places)
-        batches, changes = _keeping(drawn, kept), list[float]()
-        if references is not None:
-            batches = _compared(batches, [references[place] for place in places], changes)
+        batches, rows = _keeping(drawn, kept), [references[place] for place in places] if references else []
+        changes, apart = list[float](), list[float]()
+        if any(row.references for row in rows):
+            batches = _compared(batches, rows, changes)
+        if self.conditioner and any(row.control for row in rows):
+            batches = _following(batches, rows, self.conditioner, apart)
         found = self._features(batches, by, captions)
-        if references is not None:
-            found[OUTSIDE] = np.array(changes, np.float32)[:, None]
+        for name, values in ((OUTSIDE, changes), (DISAGREEMENT, apart)):
+            if values:
+                found[name] = np.array(values, np.float32)[:, None]
         return found
 
     @replaced_if_broken()
@@ -501,7 +537,8 @@ class Evaluator:
 
         whole, first = join(generated, shares), self.networks.first.identity
         if kept:
-            ranking = {name: each for name, each in whole.items() if name in (first, self.preference_model())}
+            names = (first, self.preference_model(), DISAGREEMENT)
+            ranking = {name: each for name, each in whole.items() if name in names}
             kept.write_bytes(TEST_FEATURES, save(ranking))
         found, left_out = more_scores(whole, real, self.networks, captions)
         copies = near_copies(whole[first], *detector) if detector else None
@@ -547,7 +584,15 @@ class Evaluator:
         if measure == PREFERENCE:
             assert self.networks.preference
             network = self.networks.preference.identity
-        first, second = (torch.from_numpy(kept_features(each, file)[network]) for each in (one, other))
+        sets = [kept_features(each, file) for each in (one, other)]
+        if measure == CONTROL:
+            ours, theirs = sets
+            return self._computed(
+                lambda device: control_difference_by(
+                    ours, theirs, real, network, resamples=resamples, device=device
+                )
+            )
+        first, second = (torch.from_numpy(each[network]) for each in sets)
         return self._computed(
             lambda device: difference_by(
                 measure, first.to(device), second.to(device), real, network, resamples=resamples
@@ -577,8 +622,21 @@ def _compared(
     pairs = iter(rows)
     for batch in batches:
         for picture in batch:
-            references, target = next(pairs)
-            changes.append(outside_change(picture, _pixels(references[0])[:3], _pixels(target)))
+            row = next(pairs)
+            changes.append(outside_change(picture, _pixels(row.references[0])[:3], _pixels(row.target)))
+        yield batch
+
+
+def _following(
+    batches: "Iterator[torch.Tensor]", rows: References, conditioner: "Conditioner", apart: list[float]
+) -> "Iterator[torch.Tensor]":
+    """Pass batches of pictures through unchanged, adding each one's disagreement with its control image."""
+    import torch
+
+    given = (_pixels(row.control) for row in rows if row.control)
+    for batch in batches:
+        controls = torch.stack(list(islice(given, len(batch))))
+        apart += conditioner.disagreement(batch, controls).tolist()
         yield batch
 
 

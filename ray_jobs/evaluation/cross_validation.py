@@ -12,7 +12,7 @@ from statistics import fmean, stdev
 from ray_jobs.config import Config
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.metrics.ranking import Candidate, require_comparable, winner
-from ray_jobs.run.records import PREFERENCE, SUBJECT, SUBJECT_PARTS, TARGET, RungRow
+from ray_jobs.run.records import CONTROL, DISAGREEMENT, PREFERENCE, SUBJECT, SUBJECT_PARTS, TARGET, RungRow
 from ray_jobs.run.split import TEST, VALIDATION, Split
 
 ORIGIN = (
@@ -34,6 +34,8 @@ MEANS = (
     PREFERENCE,
     TARGET,
     "outside",
+    CONTROL,
+    DISAGREEMENT,
     SUBJECT,
     *SUBJECT_PARTS,
     "fid_2",

@@ -21,10 +21,20 @@ from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.data.preparation import prepared_by
 from ray_jobs.data.sources.dreambooth import Subject
 from ray_jobs.data.subjects import subjects_of
-from ray_jobs.evaluation.actor import BARE, FEATURES, Evaluator, References, SampleFiles, join, kept_features
+from ray_jobs.evaluation.actor import (
+    BARE,
+    FEATURES,
+    Evaluator,
+    References,
+    SampleFiles,
+    Shown,
+    join,
+    kept_features,
+)
 from ray_jobs.evaluation.cross_validation import held_out, splits, trained_on
 from ray_jobs.evaluation.dealing import Shape, dealt, in_order
 from ray_jobs.evaluation.scores import FEWEST, Copies, Features, Real, Recited, Scores, SetScores, recited
+from ray_jobs.metrics.control import DISAGREEMENT, Scale
 from ray_jobs.metrics.copies import CopyDetector, DetectorFacts, fit_detector
 from ray_jobs.metrics.edits import over_unedited, target_distance
 from ray_jobs.metrics.resampling import PairedDifference, difference_of
@@ -33,7 +43,7 @@ from ray_jobs.metrics.subject import Drawn, DrawnSubjects, Photos, SubjectRefere
 from ray_jobs.metrics.votes import mean_of_groups, wrongly_ordered
 from ray_jobs.registry.models import TEST_FEATURES
 from ray_jobs.run.folder import SharedFolder
-from ray_jobs.run.records import CORRECTED, FID, KID, MEASURES, SUBJECT, TARGET, VOTES, Measurement
+from ray_jobs.run.records import CONTROL, CORRECTED, FID, KID, MEASURES, SUBJECT, TARGET, VOTES, Measurement
 from ray_jobs.run.samples import PROMPTS, SAMPLES, prompt_name, sample_name
 from ray_jobs.run.split import TEST, VALIDATION, Split
 from ray_jobs.weights.feature_networks import NetworkSet
@@ -105,6 +115,7 @@ class EvaluatorPool:
         references: their reference pictures, in Ray's object store; of splits that have them.
         unedited: distance of the first of these to their targets.
         corrected: whether there is a correction of FID for the scores of each loaded split.
+        controlled: loaded splits whose scores say how pictures follow control images.
     """
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
@@ -127,6 +138,7 @@ class EvaluatorPool:
         self.unedited: dict[Split, float] = {}
         self._edited: dict[Split, tuple[torch.Tensor, torch.Tensor]] = {}  # features of these, and of targets
         self.corrected: dict[Split, bool] = {}
+        self.controlled: set[Split] = set()
         self.digests: dict[Split, str] = {}  # digests of these pictures and their captions
         self._real: dict[Split, ObjectRef[Real]] = {}
         self._training: dict[int | None, Features] = {}  # by held-out fold
@@ -164,7 +176,7 @@ class EvaluatorPool:
             digest.update(
                 hashlib.sha256(row["image"]).digest() + hashlib.sha256(row["text"].encode()).digest()
             )
-            for picture in row["references"]:
+            for picture in (*row["references"], *([row["control"]] if row["control"] else [])):
                 digest.update(hashlib.sha256(picture).digest())
         self.digests[split] = digest.hexdigest()
         count, wanted = self._num_samples(split), self.config.evaluate.num_samples
@@ -178,9 +190,11 @@ class EvaluatorPool:
         others = self.training_features(split, OTHERS * count)
         correction = ray.get(self.actors[0].correction.remote(real, others, count))
         edits = any(row["references"] for row in rows)
-        self._real[split] = ray.put(Real.of(real, correction, self._rewards(rows), are_targets=edits))
+        prepared = Real.of(real, correction, self._rewards(rows), are_targets=edits)
+        self._real[split] = ray.put(prepared)
+        if shown := _shared(rows):
+            self.references[split] = shown
         if edits:
-            self.references[split] = _shared(rows)
             before = self._measure_real([row["references"][0] for row in rows])
             first = self._first_network()
             pair = torch.from_numpy(before[first]), torch.from_numpy(real[first])
@@ -189,8 +203,28 @@ class EvaluatorPool:
             name, digits = MEASURES[TARGET]
             say("evaluate", f"{split}: {name} of the pictures as they were {distance.value:.{digits}f}")
         self.corrected[split] = correction is not None
+        if self.config.data.control.kind and any(row["control"] for row in rows):
+            self._real[split] = ray.put(replace(prepared, scale=self._control_scale(split)))
+            self.controlled.add(split)
         if self._is_of_subjects(split):
             self._subjects[split] = self._subject_reference(split)
+
+    def _control_scale(self, split: Split) -> Scale:
+        """Draw what the run begins from for the captions of a loaded split: the scale of its control score.
+
+        Without a ControlNet it does not see the control images.
+        """
+        import ray
+
+        tasks = self._tasks(None, split)
+        parts = self._drawn(None, tasks, None, NetworkSet.RANKING)
+        shares = [task.numbers for task in tasks]
+        scores: Scores = ray.get(self.actors[0].score.remote(self._real[split], None, shares, *parts))
+        assert scores.disagreement
+        found = Scale(scores.fid.value, scores.disagreement.value)
+        name, digits = DISAGREEMENT, MEASURES[CONTROL].digits
+        say("evaluate", f"{split}: {name} before training {found.disagreement:.{digits}f}")
+        return found
 
     def over_unedited(self, split: Split, folder: Storage) -> PairedDifference | None:
         """Return how much further edits are from their targets than the pictures as they were.
@@ -436,8 +470,7 @@ class EvaluatorPool:
                 first,
             )
             captions, shapes = [row["text"] for row in rows], [shape_of(row["image"]) for row in rows]
-            references = _shared(rows) if any(row["references"] for row in rows) else None
-            self._known[dataset.without_fold] = Known(detector, facts, captions, shapes, references)
+            self._known[dataset.without_fold] = Known(detector, facts, captions, shapes, _shared(rows))
         return self._known[dataset.without_fold]
 
     def _drawn(
@@ -743,7 +776,9 @@ class EvaluatorPool:
         if self.rank_by == SUBJECT:
             return self._is_of_subjects(split)
         if self.rank_by == TARGET:
-            return split in self.references
+            return split in self.unedited
+        if self.rank_by == CONTROL:
+            return split in self.controlled
         if self.rank_by == VOTES:
             return self.dataset.votes is not None and not split.run
         if self.rank_by == KID:
@@ -773,12 +808,12 @@ class EvaluatorPool:
         count = min(self.config.publish.sample_count, self._num_samples(split))
         return [sample_name(i, caption) for i, caption in enumerate(self.captions[split][:count])]
 
-    def edited(self, split: Split, count: int) -> list[list[bytes]]:
-        """PNGs of the reference pictures of a split's first captions; none for a split without references."""
+    def shown(self, split: Split, count: int) -> list[Shown]:
+        """What a split's first pictures are drawn from, beside captions; empty if that is nothing."""
         import ray
 
         known = self.references.get(split)
-        return [] if known is None else [pngs for pngs, _ in ray.get(known)[:count]]
+        return [] if known is None else ray.get(known)[:count]
 
     def floor(self, split: Split) -> Scores:
         """Score real training pictures: as many as `score` generates, or as many as prepare kept."""
@@ -874,7 +909,8 @@ class EvaluatorPool:
 
     def _prompt_references(self, numbers: Sequence[int]) -> "tuple[ObjectRef[References] | None, list[int]]":
         """Return what own prompts edit: the first square pictures that rungs are measured on, in turn."""
-        if not self.dataset.manifest.references:
+        manifest = self.dataset.manifest
+        if not (manifest.references or manifest.control):
             return None, []
         split, side = splits(self.config)[0], self.config.data.resolution
         self.load(split)
@@ -883,12 +919,12 @@ class EvaluatorPool:
         places = places or list(range(len(shapes)))
         return self.references[split], [places[number % len(places)] for number in numbers]
 
-    def edited_by_prompts(self) -> list[list[bytes]]:
-        """PNGs of the reference pictures of each of `evaluate.prompts`; none without references."""
+    def shown_with_prompts(self) -> list[Shown]:
+        """What each of `evaluate.prompts` is drawn from, as for `shown`."""
         import ray
 
         known, places = self._prompt_references(range(len(self.config.evaluate.prompts)))
-        return [] if known is None else [ray.get(known)[place][0] for place in places]
+        return [] if known is None else [ray.get(known)[place] for place in places]
 
     def prompts_of(
         self, weights: str, checkpoint: Storage, guidance_scale: float | None = None
@@ -925,11 +961,13 @@ class EvaluatorPool:
             ray.kill(actor)
 
 
-def _shared(rows: Sequence[dict[str, Any]]) -> "ObjectRef[References]":
-    """Put the reference pictures of rows into Ray's object store."""
+def _shared(rows: Sequence[dict[str, Any]]) -> "ObjectRef[References] | None":
+    """Put the reference pictures and control images of rows into Ray's object store; None without any."""
     import ray
 
-    return ray.put([(row["references"], row["image"]) for row in rows])
+    if not any(row["references"] or row["control"] for row in rows):
+        return None
+    return ray.put([Shown(row["references"], row["image"], row["control"]) for row in rows])
 
 
 def shape_of(picture: bytes) -> Shape:

@@ -10,6 +10,14 @@ from statistics import fmean
 import numpy as np
 import torch
 
+from ray_jobs.metrics.control import (
+    DISAGREEMENT,
+    Controlled,
+    Scale,
+    control_difference,
+    control_score,
+    disagreement_score,
+)
 from ray_jobs.metrics.copies import CopyDetector, DetectorFacts
 from ray_jobs.metrics.corrected import Correction, corrected_difference, corrected_score
 from ray_jobs.metrics.edits import OUTSIDE, outside_score, target_difference, target_distance
@@ -30,6 +38,7 @@ from ray_jobs.metrics.subject import SubjectScore
 from ray_jobs.metrics.vision_model import Clip
 from ray_jobs.report import number
 from ray_jobs.run.records import (
+    CONTROL,
     COPIES,
     CORRECTED,
     EARLIER_VOTES,
@@ -70,6 +79,7 @@ class Real:
         moments: by network.
         rewards: of these pictures for their captions, by identity of the reward model: float32, N x 1.
         are_targets: True if they are what reference pictures are to become.
+        scale: of the control score; None without control images, or while it is measured.
         correction: for the scores of so many pictures by the ranking network; None if there are too few
             training pictures.
     """
@@ -79,6 +89,7 @@ class Real:
     correction: Correction | None = None
     rewards: Features = field(default_factory=dict)
     are_targets: bool = False
+    scale: Scale | None = None
 
     @classmethod
     def of(
@@ -91,6 +102,10 @@ class Real:
     ) -> "Real":
         found = {name: Moments.of(torch.from_numpy(each), name) for name, each in features.items()}
         return cls(features, found, correction, rewards or {}, are_targets)
+
+    def correction_for(self, count: int) -> Correction | None:
+        """Return the correction for scores of so many pictures, if it is for these."""
+        return self.correction if self.correction and self.correction.count == count else None
 
 
 @dataclass(frozen=True)
@@ -110,6 +125,9 @@ class Scores:
         spread: trace of the generated pictures' covariance, as a share of that of the real ones'.
         target: how far edits are from what they should be (`metrics.edits`); None without references.
         outside: how much edits change what they should leave alone; None without such pixels.
+        disagreement: how far pictures are from their control images (`metrics.control`); None without these,
+            or if nothing says how they are computed.
+        control: FID and disagreement together; None also for what sets its scale.
         votes: share of held-out votes that the implicit rewards order wrongly; None without votes.
         earlier_votes: the same of votes of earlier rounds.
         black: number of pictures that are black.
@@ -126,6 +144,8 @@ class Scores:
     preference: Score | None = None
     target: Score | None = None
     outside: Score | None = None
+    disagreement: Score | None = None
+    control: Score | None = None
     votes: Score | None = None
     earlier_votes: Score | None = None
     black: int = 0
@@ -137,6 +157,7 @@ class Scores:
             **self._ranking,
             "fid_2": self.second,
             "outside": self.outside,
+            "disagreement": self.disagreement,
             **(self.subject.parts if self.subject else {}),
         }
         found: dict[str, float | None] = {f"{prefix}fid_means": self.means, f"{prefix}spread": self.spread}
@@ -151,7 +172,8 @@ class Scores:
         subject = self.subject.total if self.subject else None
         distances = {FID: self.fid, CORRECTED: self.corrected, KID: self.kid, MIND: self.mind}
         votes = {VOTES: self.votes, EARLIER_VOTES: self.earlier_votes}
-        return {**distances, PREFERENCE: self.preference, TARGET: self.target, **votes, SUBJECT: subject}
+        edits = {TARGET: self.target, CONTROL: self.control}
+        return {**distances, PREFERENCE: self.preference, **edits, **votes, SUBJECT: subject}
 
     def described(self) -> str:
         """Format the scores for display."""
@@ -159,6 +181,7 @@ class Scores:
         if self.second:
             network = self.second.feature_network.split("@")[0]
             shown.append((f"Fréchet distance by {network}", 2, self.second))
+        shown.append((DISAGREEMENT, 3, self.disagreement))
         return ", ".join(
             f"{name} {number(score.value, digits, score.standard_error)}"
             for name, digits, score in shown
@@ -198,8 +221,8 @@ def scores_of(
     second = frechet(networks.second.identity) if networks.second else None
     has_error = bool(resamples) and len(sets[0]) >= FEWEST
     mind = mind_score(sets[0].to(device), sets[1], first, has_error=has_error)
-    moments, correction, corrected = real.moments[first], real.correction, None
-    if correction and correction.count == len(sets[0]):
+    moments, correction, corrected = real.moments[first], real.correction_for(len(sets[0])), None
+    if correction:
         corrected = corrected_score(sets[0].to(device), moments, correction, num_resamples=resamples)
     drawn = Moments.of(sets[0], first)
     means = float((drawn.mean - moments.mean).square().sum())
@@ -216,7 +239,33 @@ def scores_of(
     outside = None
     if OUTSIDE in generated:
         outside = outside_score(torch.from_numpy(generated[OUTSIDE][:, 0]), len(sets[0]))
-    return Scores(frechet(first), kid, mind, second, corrected, means, share, preference, target, outside)
+    disagreement, control = None, None
+    if DISAGREEMENT in generated:
+        own = controlled(generated, first, device)
+        disagreement = disagreement_score(own.apart)
+        if real.scale:
+            halves = resamples if has_error else 0
+            control = control_score(own, moments, correction, real.scale, num_resamples=halves)
+    return Scores(
+        frechet(first),
+        kid,
+        mind,
+        second,
+        corrected,
+        means,
+        share,
+        preference,
+        target,
+        outside,
+        disagreement,
+        control,
+    )
+
+
+def controlled(generated: Features, network: str, device: str = "cpu") -> Controlled:
+    """Return what was drawn for control images, for the control score by a network."""
+    apart = torch.from_numpy(generated[DISAGREEMENT][:, 0])
+    return Controlled(torch.from_numpy(generated[network]).to(device), apart)
 
 
 def num_black(features: torch.Tensor, network: FeatureNetwork) -> int:
@@ -236,7 +285,8 @@ def difference_by(
     """Compare two candidates on common captions and noise by a score that can rank.
 
     Args:
-        measure: one of `records.MEASURES`, but not the subject score (`SubjectReference.difference`).
+        measure: one of `records.MEASURES`, but not the subject score (`SubjectReference.difference`), the
+            control score (`control_difference_by`) or votes.
         one, other: features from the ranking network, whose identity is `network`: float, N x D each; for the
             preference gap rewards by the reward model `network`: float, N x 1.
         resamples: as `evaluate.bootstrap`.
@@ -255,6 +305,22 @@ def difference_by(
         return corrected_difference(one, other, moments, real.correction, num_resamples=resamples)
     assert measure == FID
     return paired_difference(one, other, moments, num_resamples=resamples)
+
+
+def control_difference_by(
+    one: Features, other: Features, real: Real, network: str, *, resamples: int, device: str = "cpu"
+) -> PairedDifference:
+    """Compare two candidates on common control images and noise by the control score.
+
+    Args:
+        one, other: features with `DISAGREEMENT`.
+    """
+    assert real.scale
+    first, second = (controlled(each, network, device) for each in (one, other))
+    correction = real.correction_for(len(first.apart))
+    return control_difference(
+        first, second, real.moments[network], correction, real.scale, num_resamples=resamples
+    )
 
 
 @dataclass(frozen=True)

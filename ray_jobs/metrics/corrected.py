@@ -22,6 +22,7 @@ common noise step 320 is 3.3 +- 3.2 below step 160.
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -125,7 +126,31 @@ def _first_half(weights: torch.Tensor, generator: torch.Generator) -> torch.Tens
     return torch.zeros_like(weights).scatter_(0, chosen, 1)
 
 
-def _values(
+class Subsets(NamedTuple):
+    """Subsets of pictures by weights of 0 and 1.
+
+    Attributes:
+        half: one half: int64, N.
+        weights: all but random quarters: int64, M x N.
+    """
+
+    half: torch.Tensor
+    weights: torch.Tensor
+
+
+def without_quarters(count: int, num_resamples: int, seed: int) -> Subsets:
+    """Draw the subsets of `count` pictures that `corrected_values` measures."""
+    generator = torch.Generator().manual_seed(seed)
+    everyone = torch.ones(count, dtype=torch.int64)
+    first = _first_half(everyone, generator)
+    number = min(num_resamples, RESAMPLES if count < MANY else RESAMPLES_OF_MANY)
+    weights = everyone.repeat(number, 1)
+    for row in weights:
+        row[torch.randperm(count, generator=generator)[: count // LEFT_OUT]] = 0
+    return Subsets(first, weights)
+
+
+def corrected_values(
     features: torch.Tensor, real: Moments, correction: Correction, num_resamples: int, seed: int
 ) -> tuple[float, torch.Tensor]:
     """Return the corrected distance, and those without random quarters of the pictures: float64.
@@ -136,18 +161,13 @@ def _values(
     if count != correction.count:
         raise ValueError(f"features: {count} pictures, and a correction for {correction.count}")
     distance = _Distance(features, real, correction.halves)
-    generator = torch.Generator().manual_seed(seed)
-    everyone = torch.ones(count, dtype=torch.int64)
-    first = _first_half(everyone, generator)
-    replicates = []
-    for _ in range(min(num_resamples, RESAMPLES if count < MANY else RESAMPLES_OF_MANY)):
-        left = everyone.scatter(0, torch.randperm(count, generator=generator)[: count // LEFT_OUT], 0)
-        replicates.append(distance.corrected(left, first, correction.exponent))
-    value = distance.corrected(everyone, first, correction.exponent)
+    first, weights = without_quarters(count, num_resamples, seed)
+    replicates = [distance.corrected(left, first, correction.exponent) for left in weights]
+    value = distance.corrected(torch.ones_like(first), first, correction.exponent)
     return value, torch.tensor(replicates, dtype=torch.float64)
 
 
-def _error(spread: float) -> float:
+def error_without(spread: float) -> float:
     """Standard error from the standard deviation without random quarters (the delete-d jackknife)."""
     return spread * (LEFT_OUT - 1) ** 0.5
 
@@ -158,7 +178,7 @@ def corrected_distance(features: torch.Tensor, real: Moments, correction: Correc
     Raises:
         ValueError: the numbers differ.
     """
-    return _values(features, real, correction, 0, 0)[0]
+    return corrected_values(features, real, correction, 0, 0)[0]
 
 
 def corrected_score(
@@ -178,8 +198,8 @@ def corrected_score(
         features: float, N x D, from `real.feature_network`, as many as the correction is for.
         num_resamples: at most so many samples without a quarter of the pictures; 0: no error.
     """
-    value, replicates = _values(features, real, correction, num_resamples, seed)
-    error = _error(float(replicates.std())) if num_resamples else None
+    value, replicates = corrected_values(features, real, correction, num_resamples, seed)
+    error = error_without(float(replicates.std())) if num_resamples else None
     return Score(value, len(features), real.feature_network, error, METRIC)
 
 
@@ -194,6 +214,6 @@ def corrected_difference(
 ) -> PairedDifference:
     """Compare two candidates by their corrected distances; see `resampling.paired_difference`."""
     require_pairs(one, other)
-    pair = [_values(each, real, correction, num_resamples, seed) for each in (one, other)]
+    pair = [corrected_values(each, real, correction, num_resamples, seed) for each in (one, other)]
     (value, first), (subtracted, second) = pair
-    return difference_of(value - subtracted, first, second, _error, len(one), real.feature_network)
+    return difference_of(value - subtracted, first, second, error_without, len(one), real.feature_network)

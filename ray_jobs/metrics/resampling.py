@@ -112,11 +112,11 @@ def frechet_score(
         features: features of the generated pictures from `real.feature_network`; float, N x D, N at least 4.
     """
     value = frechet_distance(Moments.of(features, real.feature_network), real)
-    spread = float(_replicates(features, real, num_resamples, seed).std())
-    return Score(value, len(features), real.feature_network, _of_all(spread, len(features)))
+    spread = float(replicates(features, real, num_resamples, seed).std())
+    return Score(value, len(features), real.feature_network, error_of_all(spread, len(features)))
 
 
-def _replicates(features: torch.Tensor, real: Moments, num_resamples: int, seed: int) -> torch.Tensor:
+def replicates(features: torch.Tensor, real: Moments, num_resamples: int, seed: int) -> torch.Tensor:
     """Fréchet distances of random halves: float64, num_resamples."""
     if len(features) < FEWEST:
         raise ValueError(f"evaluate.num_samples: an error needs {FEWEST} pictures; got {len(features)}")
@@ -125,7 +125,7 @@ def _replicates(features: torch.Tensor, real: Moments, num_resamples: int, seed:
     return torch.tensor([distance(w) for w in weights], dtype=torch.float64)
 
 
-def _of_all(spread: float, count: int) -> float:
+def error_of_all(spread: float, count: int) -> float:
     """Standard error of `count` pictures from the standard deviation over their halves."""
     half = count // 2
     return spread * (half / (count - half)) ** 0.5
@@ -167,9 +167,9 @@ def paired_difference(
         ValueError: the shapes differ.
     """
     require_pairs(one, other)
-    first, second = (_replicates(features, real, num_resamples, seed) for features in (one, other))
+    first, second = (replicates(features, real, num_resamples, seed) for features in (one, other))
     values = [frechet_distance(Moments.of(each, real.feature_network), real) for each in (one, other)]
-    error_of = partial(_of_all, count=len(one))
+    error_of = partial(error_of_all, count=len(one))
     return difference_of(values[0] - values[1], first, second, error_of, len(one), real.feature_network)
 
 

@@ -17,13 +17,13 @@ from ray_jobs.publishing.remembered import measure_remembered
 from ray_jobs.publishing.subjects import MeasuredSubject, measure_subjects
 from ray_jobs.report import SHOWN_NEIGHBOURS, Memorisation, SubjectPictures
 from ray_jobs.run.folder import RunFolder
-from ray_jobs.run.records import FID, MEASURES, FinalMeasures, RungRow, Winner
+from ray_jobs.run.records import BESIDE, FID, MEASURES, FinalMeasures, RungRow, Winner
 from ray_jobs.run.split import TEST
 from ray_jobs.training.checkpoint import weights_of
 
 # Fields that winner.json copies from the search.
 WINNING = ("trial_id", "learning_rate", "settings", "step", "guidance_scale", "folds", "ranked_by")
-JUDGED = tuple(f"{name}{suffix}" for name in MEASURES for suffix in ("", "_error"))
+JUDGED = tuple(f"{name}{suffix}" for name in MEASURES | BESIDE for suffix in ("", "_error"))
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def measure_final(config: Config, dataset: Dataset, pool: EvaluatorPool, best: R
 def _of_base(judged: list[Scores]) -> dict[str, float]:
     """Return the base's mean over the validation splits of every score beside FID that all of them have."""
     found = {}
-    for name in (each for each in MEASURES if each != FID):
+    for name in (each for each in MEASURES | BESIDE if each != FID):
         values = [value for each in judged if (value := each.row().get(name)) is not None]
         if len(values) == len(judged):
             found[f"base_validation_{name}"] = fmean(values)

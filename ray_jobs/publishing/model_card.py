@@ -15,6 +15,7 @@ from ray_jobs.config.yaml_text import write_yaml
 from ray_jobs.report import beginning, forgotten, headline, number
 from ray_jobs.run.manifest import Manifest
 from ray_jobs.run.records import (
+    BESIDE,
     COPIES,
     FID,
     MEASURES,
@@ -386,7 +387,7 @@ def _measures(winner: Winner) -> list[str]:
     base = {each.metric: each for each in found.base}
     floor = {each.metric: number(each.value, 3, each.standard_error) for each in found.floor}
     rows = []
-    for key, (name, digits) in MEASURES.items():
+    for key, (name, digits) in (MEASURES | BESIDE).items():
         scores = [winner.value_of(f"{whose}test_{key}") for whose in ("", "base_")]
         if key != FID and any(value is not None for value, _ in scores):
             pair = (number(value, digits, error) for value, error in scores)
@@ -418,6 +419,8 @@ def _data(config: Config, manifest: Manifest) -> list[str]:
     if data.num_references:
         each = "a reference" if data.num_references == 1 else f"{data.num_references} references"
         sizes += f", each with {each} of {data.reference_resolution or data.resolution}"
+    if data.has_control:
+        sizes += f"; control images: {data.control.kind or 'of their own'}"
     if data.has_masks:
         sizes += f"; what is outside of its mask counted {config.train.loss.outside_mask:g} of what is inside"
     return [

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -14,6 +14,7 @@ from ray_jobs.config import Config
 from ray_jobs.console import say
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.diffusion.families import family_of
+from ray_jobs.evaluation.actor import Shown
 from ray_jobs.evaluation.cross_validation import splits, standard_error
 from ray_jobs.evaluation.pool import EvaluatorPool
 from ray_jobs.metrics.ranking import enough_samples
@@ -131,8 +132,8 @@ def _strip(pool: EvaluatorPool, found: SearchResult, winner: Winner, base: list[
     if split != shown_split(pool.config):
         base = _opened(pool.pictures(None, split, len(names)))
     captions = pool.captions[split][: len(names)]
-    edited = [_opened(pngs) for pngs in pool.edited(split, len(names))]
-    return Strip(captions, [("base", base), *columns], f"{winner.step:,}", edited)
+    shown = _shown(pool.shown(split, len(names)))
+    return Strip(captions, [("base", base), *columns], f"{winner.step:,}", *shown)
 
 
 def _climbed(found: SearchResult, winner: Winner) -> list[RungRow]:
@@ -141,8 +142,17 @@ def _climbed(found: SearchResult, winner: Winner) -> list[RungRow]:
     return sorted(own, key=lambda row: row.step)
 
 
+def _shown(rows: Sequence[Shown]) -> tuple[list[list[Image.Image]], list[Image.Image]]:
+    """Return the reference pictures of rows, and their control images; empty where there are none."""
+    return [_opened(row.references) for row in rows], _opened(row.control for row in rows if row.control)
+
+
 def _opened(pngs: Iterable[bytes]) -> list[Image.Image]:
     return [Image.open(io.BytesIO(png)) for png in pngs]
+
+
+def _control(png: bytes | None) -> Image.Image | None:
+    return Image.open(io.BytesIO(png)) if png else None
 
 
 def _prompts(pool: EvaluatorPool, found: SearchResult, winner: Winner) -> Strip | None:
@@ -157,8 +167,7 @@ def _prompts(pool: EvaluatorPool, found: SearchResult, winner: Winner) -> Strip 
     for row in _climbed(found, winner):
         drawn = pool.prompts_of(weights_of(row.checkpoint), Storage.open(row.checkpoint))
         columns.append((f"{row.step:,}", _opened(drawn)))
-    edited = [_opened(pngs) for pngs in pool.edited_by_prompts()]
-    return Strip(prompts, columns, f"{winner.step:,}", edited)
+    return Strip(prompts, columns, f"{winner.step:,}", *_shown(pool.shown_with_prompts()))
 
 
 def _with_copies(pool: EvaluatorPool, found: SearchResult) -> list[RungRow]:
@@ -210,7 +219,7 @@ def write_page(
             run.samples.write_bytes(f"{number}-{slug(caption)}-{kind}.png", data)
     opened = {kind: _opened(column) for kind, column in columns.items()}
     rows = [
-        PictureRow(row["text"], own, base, after, _opened(row["references"]))
+        PictureRow(row["text"], own, base, after, _opened(row["references"]), _control(row["control"]))
         for row, own, base, after in zip(real, *opened.values(), strict=True)
     ]
     grid = io.BytesIO()

@@ -7,7 +7,10 @@ from typing import NamedTuple
 
 from ray_jobs.report.svg import WIDTH, Chart, Curve, Point, describe_settings, framed, line_chart, number
 from ray_jobs.run.records import (
+    BESIDE,
+    CONTROL,
     CORRECTED,
+    DISAGREEMENT,
     KID,
     MEASURES,
     MIND,
@@ -125,6 +128,19 @@ def target_chart(winner: Winner, results: Rows) -> str:
     )
 
 
+def control_charts(winner: Winner, results: Rows) -> list[str]:
+    """Validation's control score and disagreement over steps; none if no row has one."""
+    together = "FID and disagreement together, as shares of the base's"
+    apart = "How far control images of the pictures are from those given, 0 to 1"
+    charts = [
+        _ranking_chart(winner, results, CONTROL, "Control score over training steps", together),
+        _ranking_chart(
+            winner, results, DISAGREEMENT, "Disagreement with control images over training steps", apart
+        ),
+    ]
+    return [each for each in charts if each]
+
+
 def votes_chart(winner: Winner, results: Rows) -> str:
     """Share of validation's votes that are ordered wrongly, over steps; empty if no row has one."""
     title = "Held-out votes that the model orders wrongly, over training steps"
@@ -135,7 +151,7 @@ def _ranking_chart(winner: Winner, results: Rows, measure: str, title: str, what
     """Return a chart of a score that can rank, with the base's as a dashed line; empty if no row has it."""
     if all(finite(row, measure) is None for row in results):
         return ""
-    name, digits = MEASURES[measure]
+    name, digits = (MEASURES | BESIDE)[measure]
     base, _ = winner.value_of(f"base_validation_{measure}")
     chart = Chart(
         name=measure.replace("_", "-"),

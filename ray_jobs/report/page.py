@@ -6,6 +6,7 @@ from pathlib import Path
 from string import Template
 
 from ray_jobs.report.charts import (
+    control_charts,
     corrected_chart,
     fid_chart,
     heat_map,
@@ -89,6 +90,7 @@ def write_report(
         mind_chart(winner, results),
         preference_chart(winner, results),
         target_chart(winner, results),
+        *control_charts(winner, results),
         votes_chart(winner, results),
     ]
     charts += [second_chart(winner, results, network)] if network else []

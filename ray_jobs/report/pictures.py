@@ -14,6 +14,7 @@ from ray_jobs.report.dataset_page import data_uri
 from ray_jobs.run.records import OWN, RECITED, Measurement
 
 COLUMNS = ("real", "base", "fine-tuned")
+CONTROL_IMAGE = "control image"
 TUNED = ' class="tuned"'  # attribute of the cells of the last of them
 PAGE_PICTURE = 192  # maximum side in pixels on the page; larger pictures are reduced
 STRIP_PICTURE = 128  # maximum side in pixels in the strip and among neighbours, which are many
@@ -35,19 +36,25 @@ class PictureRow:
     base: Image.Image
     winner: Image.Image
     references: Sequence[Image.Image] = ()
+    control: Image.Image | None = None
 
     @property
     def pictures(self) -> tuple[Image.Image, ...]:
         """Return the pictures in the order of `columns`."""
-        if self.references:
-            return *self.references, self.base, self.winner, self.real
+        shown = [*self.references, *([self.control] if self.control else [])]
+        if shown:
+            return *shown, self.base, self.winner, self.real
         return self.real, self.base, self.winner
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Return the headings of the pictures: those of an edit are its references, and last its target."""
-        if self.references:
-            return (*_reference_headings(len(self.references)), *COLUMNS[1:], "target")
+        """Return the headings of the pictures: first what they are drawn from, and last what is real.
+
+        Of an edit these are its references, and its target.
+        """
+        headings = [*_reference_headings(len(self.references)), *([CONTROL_IMAGE] if self.control else [])]
+        if headings:
+            return (*headings, *COLUMNS[1:], "target" if self.references else COLUMNS[0])
         return COLUMNS
 
 
@@ -65,18 +72,21 @@ class Strip:
         columns: heading (`base`, or the rung's step) and one picture per caption, in step order.
         winner: heading of the winner's column.
         references: the reference pictures of each row, if these are edits.
+        controls: the control image of each row, if there are any.
     """
 
     captions: Sequence[str]
     columns: Sequence[tuple[str, Sequence[Image.Image]]]
     winner: str
     references: Sequence[Sequence[Image.Image]] = ()
+    controls: Sequence[Image.Image] = ()
 
     @property
     def all_columns(self) -> list[tuple[str, Sequence[Image.Image]]]:
-        """Return the columns, before them those of the references."""
+        """Return the columns, before them those of the references and of control images."""
         shown = list(zip(*self.references, strict=True))
-        return [*zip(_reference_headings(len(shown)), shown, strict=True), *self.columns]
+        controls = [(CONTROL_IMAGE, self.controls)] if self.controls else []
+        return [*zip(_reference_headings(len(shown)), shown, strict=True), *controls, *self.columns]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,10 @@ from ray_jobs.report.dataset_page import counted, table
 from ray_jobs.report.svg import number
 from ray_jobs.report.verdict import closed_share, won_by_tie
 from ray_jobs.run.records import (
+    BESIDE,
+    CONTROL,
     CORRECTED,
+    DISAGREEMENT,
     FID,
     KID,
     MEASURES,
@@ -152,6 +155,18 @@ def scores(winner: Winner, results: Rows) -> list[tuple[str, str, str]]:
             "1 - cosine of each edit to the picture that it should be, in features; 0 at best",
         ),
         (
+            "test_control",
+            3,
+            "Control score, test",
+            "mean of the corrected FID and of the next score, as shares of the base's FID and of its own",
+        ),
+        (
+            "test_disagreement",
+            3,
+            "Disagreement with control images, test",
+            "how far control images of the pictures are from those given; 0: equal, 1: nothing alike",
+        ),
+        (
             "test_votes",
             3,
             "Wrong votes, test",
@@ -198,6 +213,8 @@ SCORES: Columns = [
         RANKING[TARGET],
         RANKING[VOTES],
         ("outside", "outside", 1),
+        RANKING[CONTROL],
+        (DISAGREEMENT, DISAGREEMENT, BESIDE[DISAGREEMENT].digits),
     ),
     ("second network", "fid_2", 2),
 ]

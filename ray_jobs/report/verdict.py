@@ -8,7 +8,10 @@ from ray_jobs.report.charts import Rows, finite
 from ray_jobs.report.dataset_page import counted
 from ray_jobs.report.svg import describe_settings, number
 from ray_jobs.run.records import (
+    BESIDE,
+    CONTROL,
     CORRECTED,
+    DISAGREEMENT,
     FID,
     KID,
     MEASURES,
@@ -32,6 +35,7 @@ BIAS = {
     PREFERENCE: "The preference gap, which ranks here, does not depend on their number.",
     VOTES: "The share of wrong votes, which ranks here, does not depend on their number.",
     TARGET: "The distance to the target, which ranks here, does not depend on their number.",
+    CONTROL: "The control score, which ranks here, takes the corrected FID, which does not have it.",
     SUBJECT: "The subject score, which ranks here, is made for few pictures.",
 }
 
@@ -69,6 +73,8 @@ def headline(winner: Winner) -> str:
         )
     if winner.ranked_by == TARGET and winner.test_target is not None:
         return f"{who} won: {of_targets(winner)}."
+    if winner.ranked_by == CONTROL and winner.test_disagreement is not None:
+        return f"{who} won: {of_control(winner)}."
     if winner.ranked_by == VOTES and winner.test_votes is not None:
         digits = winner.measure.digits
         wrong = number(winner.test_votes, digits, winner.test_votes_error)
@@ -90,6 +96,18 @@ def of_targets(winner: Winner) -> str:
     if winner.unedited_test_target is not None:
         told += f", and the pictures as they were {number(winner.unedited_test_target, digits)}"
     return told
+
+
+def of_control(winner: Winner) -> str:
+    """State how well the winner's pictures follow control images on the test split, and their FID."""
+    name, digits = BESIDE[DISAGREEMENT]
+    after = number(winner.test_disagreement, digits, winner.test_disagreement_error)
+    before = number(winner.base_test_disagreement, digits, winner.base_test_disagreement_error)
+    told = f"its {name} of the test split is {after}, that of the base model {before}"
+    key = FID if winner.corrected_test is None else CORRECTED
+    name, digits = MEASURES[key]
+    own, of_base = (number(winner.value_of(f"{whose}test_{key}")[0], digits) for whose in ("", "base_"))
+    return f"{told}; its {name} is {own}, the base model's {of_base}"
 
 
 def beginning(begins_from: Mapping[str, str]) -> str:

@@ -23,7 +23,7 @@ RESULTS = "results.jsonl"
 WINNER = "winner.json"
 # Fields that candidates are ranked by.
 FID, CORRECTED, KID, MIND = "fid", "corrected_fid", "kid", "mind"
-PREFERENCE, SUBJECT, TARGET = "preference", "subject", "target"
+PREFERENCE, SUBJECT, TARGET, CONTROL = "preference", "subject", "target", "control"
 VOTES, EARLIER_VOTES = "votes", "earlier_votes"  # the second does not rank, but may hold a version back
 
 # Metrics of memorisation: near copies among pictures for the scored captions and for captions of training
@@ -46,6 +46,7 @@ MEASURES = {
     PREFERENCE: Measure("preference gap", 2),
     SUBJECT: Measure("subject score", 2),
     TARGET: Measure("distance to the target", 3),
+    CONTROL: Measure("control score", 3),
     VOTES: Measure("share of wrong votes", 3),
     EARLIER_VOTES: Measure("share of wrong earlier votes", 3),
 }
@@ -59,6 +60,11 @@ SUBJECT_PARTS = {
     "variety_lost": "lost of variety",
     "fit_lost": "lost of prompts",
 }
+
+
+# Shown beside the control score, which it is a part of, with the corrected FID.
+DISAGREEMENT = "disagreement"
+BESIDE = {DISAGREEMENT: Measure("disagreement with control images", 3)}
 
 
 class Record(BaseModel):
@@ -128,6 +134,7 @@ class RungRow(Record):
         settings: searched settings other than the learning rate.
         fold: cross-validation fold that was evaluated; None: the validation split.
         ranked_by: which score ranks, one of `MEASURES`.
+        disagreement: of pictures with their control images (`metrics.control`).
         fid_means, spread: as in `evaluation.scores.Scores`.
         unlike, by_heart, class_lost, variety_lost, fit_lost: parts of the subject score (`metrics.subject`).
         training: folder of the checkpoints, if it is not named after the trial.
@@ -175,6 +182,10 @@ class RungRow(Record):
     earlier_votes_error: float | None = None
     outside: float | None = None
     outside_error: float | None = None
+    control: float | None = None
+    control_error: float | None = None
+    disagreement: float | None = None
+    disagreement_error: float | None = None
     subject: float | None = None
     subject_error: float | None = None
     unlike: float | None = None
@@ -400,6 +411,10 @@ class Winner(Record):
     validation_preference_error: float | None = None
     validation_target: float | None = None
     validation_target_error: float | None = None
+    validation_control: float | None = None
+    validation_control_error: float | None = None
+    validation_disagreement: float | None = None
+    validation_disagreement_error: float | None = None
     validation_votes: float | None = None
     validation_votes_error: float | None = None
     validation_earlier_votes: float | None = None
@@ -426,6 +441,10 @@ class Winner(Record):
     test_earlier_votes_error: float | None = None
     test_outside: float | None = None
     test_outside_error: float | None = None
+    test_control: float | None = None
+    test_control_error: float | None = None
+    test_disagreement: float | None = None
+    test_disagreement_error: float | None = None
     test_subject: float | None = None
     test_subject_error: float | None = None
     test_fid_2: float | None = None
@@ -449,6 +468,10 @@ class Winner(Record):
     base_test_earlier_votes_error: float | None = None
     base_test_outside: float | None = None
     base_test_outside_error: float | None = None
+    base_test_control: float | None = None
+    base_test_control_error: float | None = None
+    base_test_disagreement: float | None = None
+    base_test_disagreement_error: float | None = None
     unedited_test_target: float | None = None
     unedited_test_target_error: float | None = None  # of the winner's difference from it, in pairs
     base_test_subject: float | None = None
@@ -466,6 +489,8 @@ class Winner(Record):
     base_validation_mind: float | None = None
     base_validation_preference: float | None = None
     base_validation_target: float | None = None
+    base_validation_control: float | None = None
+    base_validation_disagreement: float | None = None
     base_validation_votes: float | None = None
     base_validation_earlier_votes: float | None = None
     base_validation_subject: float | None = None

@@ -25,7 +25,7 @@ from ray_jobs.console import say
 from ray_jobs.registry.models import check_store, open_client, store_errors, tracking_uri
 from ray_jobs.registry.store import experiment_id, retried
 from ray_jobs.run.folder import RunFolder, SharedFolder
-from ray_jobs.run.records import SUBJECT, SUBJECT_PARTS, Progress, RungRow
+from ray_jobs.run.records import CONTROL, DISAGREEMENT, SUBJECT, SUBJECT_PARTS, Progress, RungRow
 from ray_jobs.run.samples import PROMPTS, SAMPLES, sheet
 from ray_jobs.training.checkpoint import SERIES, folder_of, read_progress, steps_of
 from ray_jobs.training.loop import DIVERGED
@@ -50,6 +50,7 @@ RUNG_METRICS = {
     "validation/mind": "mind",
     "validation/mind_error": "mind_error",
     **{f"validation/{name}": name for part in (SUBJECT, *SUBJECT_PARTS) for name in (part, f"{part}_error")},
+    **{f"validation/{name}": name for part in (CONTROL, DISAGREEMENT) for name in (part, f"{part}_error")},
     "validation/wrong_votes": "votes",
     "validation/wrong_votes_error": "votes_error",
     "validation/fid_2": "fid_2",

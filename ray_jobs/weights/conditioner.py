@@ -14,10 +14,12 @@ import torch
 
 from cluster.fetched import local_path
 from ray_jobs.config import ControlConfig
+from ray_jobs.metrics.control import unlike_depth, unlike_edges, unlike_points
 from ray_jobs.metrics.feature_network import freeze, full_precision, require_pictures
 from ray_jobs.metrics.vision_model import FILES, downloaded, model_digest, require_safetensors
 from ray_jobs.pictures.edges import edges
-from ray_jobs.pictures.poses import NUM_COCO, Person, draw_poses, person_of_coco
+from ray_jobs.pictures.poses import NUM_COCO, Person, draw_poses, key_points, person_of_coco
+from ray_jobs.pictures.reading import WHITE
 from ray_jobs.weights.model_files import CONFIGURATIONS
 
 MODEL, DETECTOR = "data.control.model", "data.control.detector"
@@ -47,8 +49,21 @@ class Conditioner(ABC):
         require_pictures(pixels)
         return self._conditions(pixels)
 
+    def disagreement(self, pixels: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        """Return how far the control image of each picture is from the one that it was given: float64, N.
+
+        0 is equal, and 1 the most; see `metrics.control`.
+
+        Args:
+            pixels, given: pictures and their control images: uint8, N x 3 x height x width.
+        """
+        return self._apart(self(pixels), given.cpu())
+
     @abstractmethod
     def _conditions(self, pixels: torch.Tensor) -> torch.Tensor: ...
+
+    @abstractmethod
+    def _apart(self, drawn: torch.Tensor, given: torch.Tensor) -> torch.Tensor: ...
 
 
 class Edges(Conditioner):
@@ -59,6 +74,10 @@ class Edges(Conditioner):
 
     def _conditions(self, pixels: torch.Tensor) -> torch.Tensor:
         return _stacked([edges(each, *self.thresholds) for each in _arrays(pixels)])
+
+    def _apart(self, drawn: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        pair = [each.float().mean(dim=1, keepdim=True) >= WHITE for each in (drawn, given)]
+        return unlike_edges(*pair)
 
 
 class Depth(Conditioner):
@@ -87,9 +106,11 @@ class Depth(Conditioner):
         depth = torch.stack([each["predicted_depth"].float() for each in found]).cpu()
         if self.is_distance:
             depth = 1 / depth.clamp_min(NEAREST)
-        least, most = (depth.flatten(1).amin(1)[:, None, None], depth.flatten(1).amax(1)[:, None, None])
-        levels = 255 * (depth - least) / (most - least).clamp_min(torch.finfo(depth.dtype).tiny)
+        levels = 255 * _full_range(depth)
         return levels.round().to(torch.uint8)[:, None].expand(-1, 3, -1, -1).contiguous()
+
+    def _apart(self, drawn: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        return unlike_depth(*(_full_range(each.float().mean(dim=1)) for each in (drawn, given)))
 
 
 class Pose(Conditioner):
@@ -113,6 +134,14 @@ class Pose(Conditioner):
             for array, box in zip(arrays, boxes, strict=True)
         ]
         return _stacked(drawn)
+
+    def _apart(self, drawn: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        ours, theirs = (
+            [torch.from_numpy(key_points(each))[None] for each in _arrays(pictures)]
+            for pictures in (drawn, given)
+        )
+        # One at a time: 18 maps of a picture are much.
+        return torch.cat([unlike_points(*pair) for pair in zip(ours, theirs, strict=True)])
 
     def _boxes(self, pixels: torch.Tensor) -> list[list[list[float]]]:
         """Return the boxes of people in each picture: left, top, width and height, in pixels."""
@@ -329,6 +358,12 @@ def _load(kind: Any, files: _Files, field: str, device: str | torch.device) -> _
     device = torch.device(device)
     freeze(module, device)
     return _Parts(module, _read_processor(files, field), device)
+
+
+def _full_range(maps: torch.Tensor) -> torch.Tensor:
+    """Return maps, float, N x height x width, whose values go from 0 to 1; 0 where they are even."""
+    least, most = (each(maps.flatten(1), dim=1)[:, None, None] for each in (torch.amin, torch.amax))
+    return (maps - least) / (most - least).clamp_min(torch.finfo(maps.dtype).tiny)
 
 
 def _arrays(pixels: torch.Tensor) -> list[np.ndarray]:

@@ -20,7 +20,6 @@ from serving.http.asgi_exchange import context_of
 from serving.http.feedback import feedback_router
 from serving.http.logs import LOGGER
 from serving.http.multipart import form_fields
-from serving.http.studies import studies_router
 from serving.messages import label
 from serving.schemas import (
     DRAWING_FAILED,
@@ -92,7 +91,6 @@ def create_api(service: Service) -> FastAPI:
     _add_pictures(api, service)
     _add_operation(api, service)
     api.include_router(feedback_router(lambda: service.feedback, _key_id))
-    api.include_router(studies_router(service.config, lambda: service.feedback, _key_id))
     _add_page(api)
     _document(api, service.settings.allow_anonymous)
     return api

@@ -87,10 +87,9 @@ def test_only_edits_have_targets_and_rungs_are_compared_by_them() -> None:
 def test_a_split_without_references_is_ranked_by_fid() -> None:
     pool = object.__new__(EvaluatorPool)
     pool.config, pool.rank_by = configured(), TARGET
-    pool.captions, pool.corrected, pool.references = {VALIDATION: ["a"] * 4}, {VALIDATION: True}, {}
+    pool.captions, pool.corrected, pool.unedited = {VALIDATION: ["a"] * 4}, {VALIDATION: True}, {}
     assert pool.ranked_by(VALIDATION) == FID
-    shared = object()
-    pool.references = {VALIDATION: shared}
+    pool.unedited = {VALIDATION: 0.2}
     assert pool.ranked_by(VALIDATION) == TARGET
 
 

@@ -19,6 +19,7 @@ from ray_jobs.metrics.resampling import PairedDifference
 from ray_jobs.publish import _outcome
 from ray_jobs.publishing.final_scores import JUDGED, _of_base
 from ray_jobs.run.records import (
+    CONTROL,
     EARLIER_VOTES,
     FID,
     KID,
@@ -45,7 +46,7 @@ NETWORKS = Networks(Colours("small", "0" * 64, torch.device("cpu"), WIDTH))  # o
 NETWORK = NETWORKS.first.identity
 # Scores of sets of pictures of any kind; rewards are in test_preference.py, targets in test_edits.py, votes
 # in test_votes.py.
-RANKING = sorted(set(MEASURES) - {SUBJECT, PREFERENCE, TARGET, VOTES, EARLIER_VOTES})
+RANKING = sorted(set(MEASURES) - {SUBJECT, PREFERENCE, TARGET, CONTROL, VOTES, EARLIER_VOTES})
 
 
 def features(count: int, seed: int, shift: float = 0.0) -> Features:

@@ -130,10 +130,10 @@ class Dataset:
         return sorted(kept, key=lambda row: (row["digest"], row["text"]))[:limit]
 
     def pictures(self, split: str, limit: int) -> list[dict[str, Any]]:
-        """Up to `limit` different pictures of a split: dicts of `text`, `image` and `references`.
+        """Up to `limit` different pictures of a split: dicts of `text`, `image`, `references` and `control`.
 
-        Pictures are PNG bytes; `references` lists those of the row's reference pictures, and last its control
-        image, if it has one.
+        Pictures are PNG bytes; `references` lists those of the row's reference pictures, and `control` is its
+        control image, or None.
         """
         different: dict[str, dict[str, Any]] = {}
         count = self.manifest.references + self.manifest.control
@@ -141,5 +141,6 @@ class Dataset:
         for row in self.read(split, ["text", "image", *columns]):
             if row["image"]:
                 row["references"] = [row.pop(column) for column in columns]
+                row["control"] = row["references"].pop() if self.manifest.control else None
                 different.setdefault(row["digest"], row)
         return list(different.values())[:limit]
