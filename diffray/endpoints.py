@@ -80,6 +80,7 @@ class Endpoint:
         *,
         images: "Given | Sequence[Given]" = (),
         mask: "Given | None" = None,
+        control: "Given | None" = None,
         n: int = 1,
         seed: int | None = None,
         **fields: Any,
@@ -89,6 +90,8 @@ class Endpoint:
         Args:
             images: pictures to draw from, an edit, or one: paths, contents of files, or PIL pictures.
             mask: a PNG of the first image's size, transparent where it is to be painted.
+            control: image that the model's ControlNet follows, for example edges; `control_scale=0.5` among
+                the fields lets it count half.
             fields: further fields of the request, as `steps`, `negative_prompt` or, with `images`, `strength`
                 (docs/serving.md).
 
@@ -104,6 +107,8 @@ class Endpoint:
         given = [images] if isinstance(images, str | os.PathLike | bytes | Image.Image) else images
         files = [_file_of(image) for image in given]
         body = {"prompt": prompt, "n": n, **({} if seed is None else {"seed": seed}), **fields}
+        if control is not None:
+            body["control_image"] = base64.b64encode(_file_of(control)).decode()
         timeout = self.config.serve.request_timeout_s + 10
         path, key = "edits" if files else "generations", os.environ.get(KEY_VARIABLE)
         hole = None if mask is None else _file_of(mask)

@@ -54,16 +54,20 @@ def export_version(version: RegisteredModel, form: str, out: Path) -> list[str]:
 
 def _write(version: RegisteredModel, form: str, weights: Path, folder: Path) -> list[str]:
     is_adapter, notes = version.method == "lora", list[str]()
+    kind = "a ControlNet" if version.has_controlnet else "a whole model"
+    single = "" if version.has_controlnet else " or single-file"
     file = folder / f"{re.sub('[^A-Za-z0-9._-]', '-', version.name)}-{version.version}.safetensors"
     if form == "diffusers":
         _copy(weights, folder, is_adapter)
     elif form in ("comfyui", "kohya"):
         if not is_adapter:
-            raise ValueError("it is a whole model, not an adapter; take --format diffusers or single-file")
+            raise ValueError(f"it is {kind}, not an adapter; take --format diffusers{single}")
         convert: Callable[[str, Path, str | None], bytes] = comfyui_file if form == "comfyui" else kohya_file
         file.write_bytes(convert(local_path(version.base), weights, version.base_revision))
         if has_scheduler(weights):
             notes.append("it was trained with a scheduler of its own, which such a file cannot hold")
+    elif version.has_controlnet:
+        raise ValueError(f"it is {kind}, which has no such form; take --format diffusers")
     elif not is_adapter:
         if form == "merged":
             raise ValueError("it is a whole model, to which nothing has to be added; take --format diffusers")

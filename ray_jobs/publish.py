@@ -66,11 +66,11 @@ def publish(
     config = sampled_as(config, best)
     local = Storage.open(weights).local_copy()
     run.upload(local, MODEL)
-    is_adapter = config.with_settings(best.settings).train.makes_adapter  # which may have been searched
-    if is_adapter:
+    makes = config.with_settings(best.settings).train.makes  # which may have been searched
+    if makes == "lora":
         say("publish", write_comfyui(config, local, folder))
     winner = final.winner | {"test_reads": test_reads, "begins_from": beginning_names(config)}
-    beside = is_adapter and has_scheduler(local)
+    beside = makes != "full" and has_scheduler(local)
     scheduler = scheduler_class(local) if beside else None
     write_card(config, dataset, pool, winner, checkpoint.child(SAMPLES), folder.model, scheduler)
     folder.model.write_bytes(REFERENCE, save(pool.reference(checkpoint)))

@@ -59,7 +59,12 @@ def check_model(config: Config, registered: RegisteredModel) -> None:
             f"serve.int8_weights: {named} is served on a base stored as {stored} already; turn it off"
         )
     if config.serve.fuse_champion and registered.method != "lora":
-        say("serve", f"serve.fuse_champion: {registered.name} is fully trained, so there is nothing to fuse")
+        say("serve", f"serve.fuse_champion: {registered.name} is no adapter, so there is nothing to fuse")
+    if registered.has_controlnet and config.serve.cache_features:
+        raise ConfigError(
+            f"serve.cache_features: {named} is a ControlNet, which changes the features of each step; turn "
+            "it off"
+        )
     if config.serve.drift_pictures and not Storage.open(registered.source).exists(REFERENCE):
         raise ConfigError(
             f"serve.drift_pictures: {registered.source}/{REFERENCE}: is missing; publish the model again, or "
@@ -78,7 +83,7 @@ def check_base(config: Config, registered: RegisteredModel) -> None:
     from ray_jobs.weights.loading import empty_model, read_index
 
     settings, base, weights = config.serve, base_of(registered), Storage.open(registered.source)
-    whole = registered.method != "lora" and weights.is_local
+    whole = registered.method == "full" and weights.is_local
     model, revision = (weights.path, None) if whole else (base.model, base.revision)
     try:
         family = family_of(read_index(model, revision)["_class_name"])

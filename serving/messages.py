@@ -28,13 +28,14 @@ class ImageParameters(TypedDict):
     size: str
     strength: float | None
     num_references: int | None
+    control_scale: float | None  # of a picture that a ControlNet has steered
 
 
 class RoutedRequest(NamedTuple):
     """A request with the version that it goes to.
 
     `request` is complete but for what only the replica knows: the name of the version's adapter in the
-    engine, the pixels of the files, and a size that is the first reference's.
+    engine, the pixels of the files, and a size that is the first reference's or the control image's.
     """
 
     version: RegisteredModel | None  # None: the bare base, to which `adapters` are applied
@@ -42,6 +43,7 @@ class RoutedRequest(NamedTuple):
     image: bytes | None = None  # file of the initial image, as it was sent
     references: tuple[bytes, ...] = ()  # files of the reference pictures, as they were sent
     mask: bytes | None = None  # file with transparent pixels where the one reference is to be painted
+    control: bytes | None = None  # file of the image that a ControlNet follows, as it was sent
     image_id: str = ""  # id of the generated image
     scored: bool = False  # True: counts for the version's drift scores, see `replica.drift`
     asked: float = 0.0  # time of the request, seconds since 1970
@@ -69,6 +71,7 @@ class RoutedRequest(NamedTuple):
             "size": size,
             "strength": None if self.image is None else self.request.strength,
             "num_references": len(self.references) or None,
+            "control_scale": None if self.control is None else self.request.control_scale,
         }
 
 
@@ -154,7 +157,7 @@ def adapter_name(version: RegisteredModel) -> str:
 
 def placement_of(version: RegisteredModel | None, *, fused: bool = False) -> Placement:
     """Return the place of a version. LoRA versions are adapters in the base's engine, unless fused; a fully
-    trained version has its own engine.
+    trained version has its own engine, and so has a ControlNet with its base.
 
     Names include the digest, because a recreated registry counts versions from 1 again.
     """

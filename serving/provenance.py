@@ -45,7 +45,8 @@ def facts_of(
         with_prompt: include the prompts.
     """
     wanted = ["image_id", "model", "version", "adapter", "adapters", "seed", "steps", "guidance_scale"]
-    wanted += ["size", "strength", "num_references", *(["prompt", "negative_prompt"] if with_prompt else [])]
+    wanted += ["size", "strength", "num_references", "control_scale"]
+    wanted += ["prompt", "negative_prompt"] if with_prompt else []
     facts = {name: parameters.get(name) for name in wanted}
     facts |= {"base": base, "adapter_digest": adapter_digest}
     return {name: value for name, value in facts.items() if value is not None}

@@ -54,6 +54,8 @@ class Request:
     # To paint into: uint8, height x width x 4, transparent where it is to be painted; None: all is painted
     # by models that paint into masks.
     masked: "torch.Tensor | None" = None
+    control: "torch.Tensor | None" = None  # image that a ControlNet follows: uint8, height x width x 3
+    control_scale: float = 1.0  # how much it counts
     references: "tuple[torch.Tensor, ...]" = ()  # to look at: uint8, height x width x 3, of any sizes
     adapters: Mixture = ()  # several ones, or a scaled one, instead of `adapter`
     zero_terminal_snr: bool = False  # the adapter was trained with zero terminal SNR

@@ -218,6 +218,7 @@ class Config(Section):
         self._check_stages()
         self._check_prior_preservation()
         self._check_masks()
+        self._check_control()
         self._check_quantization()
         self._check_adapters()
         self._check_preference()
@@ -256,6 +257,18 @@ class Config(Section):
         if not self.data.has_masks:
             require_unset(self.train.loss, "without mask_column in data.sources", "outside_mask")
 
+    def _check_control(self) -> None:
+        """Only ControlNets follow what `data.control` and `control_column` bring, and they need it."""
+        method, data = self.train.method, self.data
+        if method == "controlnet" and not data.has_control:
+            raise ValueError(
+                "train.method: controlnet needs a control image of each row; name control_column in "
+                "data.sources, or set data.control.kind, as edges"
+            )
+        if method != "controlnet" and data.has_control:
+            field = "data.sources: control_column" if data.brings_control else "data.control"
+            raise ValueError(f"{field} is for train.method: controlnet; set that, or leave it out")
+
     def _check_quantization(self) -> None:
         """A quantised base is frozen, whole on each worker, and never merged with what was trained on it."""
         if self.model.quantize_text and self.train.train_text_encoder:
@@ -268,6 +281,8 @@ class Config(Section):
             return
         if self.train.method == "full":
             raise ValueError(f"{chosen} freezes the base; set train.method: lora, or leave it out")
+        if self.train.method == "controlnet":
+            raise ValueError(f"{chosen} leaves no plain layers for a ControlNet to copy; leave it out")
         if not self.train.makes_adapter:
             raise ValueError(
                 f"{chosen} has no weights that train.lora.kind: oft could be merged into; choose another "
@@ -286,7 +301,9 @@ class Config(Section):
     def _check_adapters(self) -> None:
         """Adapters that the user gives go with adapters in training, whose form `model.adapter` decides."""
         model, kind = self.model, self.train.lora.kind
-        if self.train.method != "full":
+        if self.train.method != "controlnet":
+            require_unset(model, f"with train.method: {self.train.method}", "controlnet")
+        if self.train.method == "lora":
             if model.assistant and kind != "lora":
                 raise ValueError(
                     f"model.assistant: {model.assistant} is a LoRA, beside which train.lora.kind: {kind} is "
@@ -355,7 +372,9 @@ class Config(Section):
             require_unset(train, where, field)
         methods = [train.method, *ends(space.get("train.method", []))]
         if adapters := [name for name in space if name.startswith("train.lora") and "lora" not in methods]:
-            raise ValueError(f"search.space.{adapters[0]} changes nothing with train.method: full")
+            raise ValueError(
+                f"search.space.{adapters[0]} changes nothing with train.method: {self.train.method}"
+            )
         shown, measured = self.publish.sample_count, self.evaluate.num_samples
         # The default is a number at most, so that a written configuration loads again.
         if shown > measured and shown != PublishConfig.model_fields["sample_count"].default:
@@ -443,6 +462,7 @@ class Config(Section):
         trial._check_stages()
         trial._check_prior_preservation()
         trial._check_masks()
+        trial._check_control()
         trial._check_quantization()
         trial._check_adapters()
         trial._check_preference()

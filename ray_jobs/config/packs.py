@@ -46,7 +46,7 @@ def unpackable(model: ModelConfig, train: TrainConfig, search: SearchConfig, fol
     kinds |= {each["kind"] for each in sections if "kind" in each}
     draws = train.lora.dropout or "train.lora.dropout" in search.space or any(map(_draws, sections))
     reasons = {
-        "train.method: full trains the base itself": train.method != "lora",
+        f"train.method: {train.method} trains whole layers": train.method != "lora",
         "train.lora.kind: only lora is trained several at a time": kinds != {"lora"},
         f"trials differ in {', '.join(differing)}, which is not of their adapters": bool(differing),
         "trials whose adapters are in different layers draw other numbers for train.lora.dropout": draws

@@ -59,12 +59,30 @@ class ModelConfig(Section):
         None, description="revision of model.assistant on the hub"
     )
 
+    controlnet: Annotated[str | None, Effect.WEIGHTS, Added()] = Field(
+        None,
+        description="with train.method: controlnet, the ControlNet from which training goes on: a folder in "
+        "diffusers' format (also s3:// or gs://), a hub name, or a version of the registry, as name@3 or "
+        "name:champion; empty: a copy of the base's first blocks",
+    )
+    controlnet_revision: Annotated[str | None, Effect.WEIGHTS, Added()] = Field(
+        None, description="revision of model.controlnet on the hub"
+    )
+
     @model_validator(mode="after")
     def _revisions(self) -> "ModelConfig":
-        for field, revision in (("adapter", "adapter_revision"), ("assistant", "assistant_revision")):
+        for field, revision in (
+            ("adapter", "adapter_revision"),
+            ("assistant", "assistant_revision"),
+            ("controlnet", "controlnet_revision"),
+        ):
             if not getattr(self, field):
                 require_unset(self, f"without {field}", revision)
-        for field, revision in (("base", "revision"), ("adapter", "adapter_revision")):
+        for field, revision in (
+            ("base", "revision"),
+            ("adapter", "adapter_revision"),
+            ("controlnet", "controlnet_revision"),
+        ):
             if named_version(getattr(self, field)):
                 require_unset(self, f"for a version of the registry ({field})", revision)
         return self
@@ -266,8 +284,16 @@ class TrainConfig(Section):
 
     affects: ClassVar = Effect.WEIGHTS
 
-    method: Literal["lora", "full"] = Field(
-        "lora", description="lora: train adapters; full: train all weights"
+    method: Literal["lora", "full", "controlnet"] = Field(
+        "lora",
+        description="lora: train adapters; full: train all weights; controlnet: train a ControlNet (arXiv "
+        "2302.05543) beside the frozen base, which follows a condition of each row (`control_column` in "
+        "data.sources, or data.control)",
+    )
+    controlnet_layers: Annotated[Positive | None, Effect.WEIGHTS, Added()] = Field(
+        None,
+        description="with method controlnet, of models without a UNet: blocks of each kind that the "
+        "ControlNet copies from the base; empty: 12 of SD3, 4 of FLUX.1",
     )
     lora: LoraConfig = LoraConfig()
     loss: LossConfig = LossConfig()
@@ -472,8 +498,10 @@ class TrainConfig(Section):
         return self.method == "lora" and self.lora.kind != "oft"
 
     @property
-    def makes(self) -> Literal["lora", "full"]:
-        """The method of the versions that a training makes: adapters or whole models."""
+    def makes(self) -> Literal["lora", "full", "controlnet"]:
+        """The method of the versions that a training makes: adapters, whole models or ControlNets."""
+        if self.method == "controlnet":
+            return "controlnet"
         return "lora" if self.makes_adapter else "full"
 
     @property
@@ -502,7 +530,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _drops_out(self) -> "TrainConfig":
-        if self.dropout and self.method == "lora":
+        if self.dropout and self.method != "full":
             raise ValueError(f"dropout: {self.dropout:g} needs method: full; adapters have lora.dropout")
         return self
 
@@ -537,6 +565,14 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _controls(self) -> "TrainConfig":
+        if self.method != "controlnet":
+            require_unset(self, f"with method: {self.method}", "controlnet_layers")
+        elif self.train_text_encoder:
+            raise ValueError("train_text_encoder: method controlnet leaves the base as it is; turn it off")
+        return self
+
+    @model_validator(mode="after")
     def _divides_no_factors(self) -> "TrainConfig":
         if self.method == "lora" and self.lora.kind != "lora" and self.zero_stage == 3:
             raise ValueError(
@@ -559,7 +595,8 @@ class TrainConfig(Section):
             raise ValueError("offload_base needs use_gpu; on a CPU the weights are in host memory anyway")
         if self.method != "lora":
             raise ValueError(
-                "offload_base: method full trains the base; set method: lora, or offload_parameters"
+                f"offload_base: method {self.method} trains whole layers; set method: lora, or "
+                "offload_parameters"
             )
         if not self.flat:
             raise ValueError(

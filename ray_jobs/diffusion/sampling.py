@@ -15,8 +15,8 @@ from operator import itemgetter
 import torch
 
 from ray_jobs.diffusion.families import Captions, Components, Conditions, Family, family_of
-from ray_jobs.diffusion.families.control import CONTROLNET
-from ray_jobs.diffusion.families.family import CONTROL, MASK_PIXELS, MASKED, NEXT_TIMESTEP, reference
+from ray_jobs.diffusion.families.control import CONTROL, CONTROLNET
+from ray_jobs.diffusion.families.family import MASK_PIXELS, MASKED, NEXT_TIMESTEP, reference
 from ray_jobs.diffusion.families.text import LENGTHS, MASK, Pictures
 from ray_jobs.diffusion.memory import Chunks, pictures_at_once
 from ray_jobs.diffusion.objectives import per_row

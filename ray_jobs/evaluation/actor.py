@@ -202,11 +202,13 @@ class Evaluator:
         """Return a pipeline with what the run begins from (None), the base alone (`BARE`), or the weights in
         a folder (path or URI).
 
-        A run begins from the base, with `model.adapter` if there is one.
+        A run begins from the base, with `model.adapter` or `model.controlnet` if there is one.
         """
         from ray_jobs.diffusion.families import family_of
         from ray_jobs.diffusion.sampling import Prompts, place
+        from ray_jobs.weights.controlnets import controlnet_folder, given_folder
         from ray_jobs.weights.loading import LORA_WEIGHTS, load_pipeline, unload_lora
+        from ray_jobs.weights.schedulers import has_scheduler, load_scheduler
         from ray_jobs.weights.starting_adapter import adapter_folder
 
         if self.pipeline is None:
@@ -225,10 +227,16 @@ class Evaluator:
                 denoiser = getattr(self.base, family.denoiser)
                 with adapter_folder(self.config.model, family, denoiser) as folder:
                     self._adapt(folder)
+            elif self.config.model.controlnet:
+                self._control(given_folder(self.config.model))
         elif weights == BARE:
             return self.pipeline
         elif (folder := Storage.open(weights).local_copy()) and (folder / LORA_WEIGHTS).exists():
             self._adapt(folder)
+        elif folder and (network := controlnet_folder(folder)):
+            self._control(network)
+            if has_scheduler(folder):
+                self.pipeline.scheduler = load_scheduler(folder)
         else:
             place(self.base, self.device)  # away
             self.pipeline = load_pipeline(
@@ -238,6 +246,12 @@ class Evaluator:
             self.prompts = Prompts(self.pipeline, self.device)
         self.loaded = weights
         return self.pipeline
+
+    def _control(self, folder: Path) -> None:
+        """Use the base with the ControlNet in a folder; prompts are the base's."""
+        from ray_jobs.weights.controlnets import controlled
+
+        self.pipeline = controlled(self.base, folder, dtype=self.dtype)
 
     def _adapt(self, folder: Path) -> None:
         """Add the adapter in a folder to the base, with the scheduler that it was trained with."""

@@ -161,7 +161,8 @@ def host_memory(
 ) -> int:
     """Estimate the host memory of the first rank, which exports, without its device's and what is offloaded.
 
-    The base is read, and copied if it is trained; a checkpoint then holds weights, moments and averages.
+    The base is read, and what is trained of its layers is copied; a checkpoint then holds weights, moments
+    and averages.
 
     Args:
         base: parameters of the base model, without adapters.
@@ -170,8 +171,8 @@ def host_memory(
         blocks: bytes of the frozen weights of all blocks, which stay where they are read with `offload_base`.
         moments: see `moment_bytes`.
     """
-    element = 4 if train.method == "full" else PRECISIONS[train.precision].itemsize
-    copied = 4 * base if train.method == "full" else 0
+    element = PRECISIONS[train.precision].itemsize if train.method == "lora" else 4
+    copied = {"lora": 0, "full": 4 * base, "controlnet": 4 * trained}[train.method]
     a_weight = moment_bytes(train, moments) + (8 if train.ema_decay else 4)
     checkpoint = round(a_weight * -(-trained // workers))
     read = element * (base - quantized) + quantized_bytes - (blocks if train.offload_base else 0)

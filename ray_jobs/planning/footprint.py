@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from ray_jobs.config import WHOLE_TENSORS, Config
 from ray_jobs.data.encoding.shapes import shown_tokens, square_latents, square_references
 from ray_jobs.diffusion.families import Conditions, Family
+from ray_jobs.diffusion.families.control import CONTROL
 from ray_jobs.diffusion.families.family import MASK_PIXELS, MASKED, reference
 from ray_jobs.diffusion.finetuning import ADAPTER, FineTuning
 from ray_jobs.diffusion.pack import Pack
@@ -179,6 +180,9 @@ def blank_conditions(
     if family.paints_masks:
         found[MASKED] = torch.empty((rows, *square_latents(config)))
         found[MASK_PIXELS] = torch.empty((rows, 1, side, side), dtype=torch.bool)
+    if family.control and config.train.method == "controlnet":
+        shape = (3, side, side) if family.control.form == "pixels" else square_latents(config)
+        found[CONTROL] = torch.empty((rows, *shape))
     for number, latents in enumerate(square_references(config)):
         found[reference(number)] = torch.empty((rows, *latents))
     return found | whole_pictures(family, rows, side, side)

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,9 +19,11 @@ from cluster.fetched import local_path
 from ray_jobs.config import Config
 from ray_jobs.data.encoding.shapes import shown_tokens, square_latents
 from ray_jobs.diffusion.families import Captions, Family, family_of
+from ray_jobs.diffusion.families.control import CONTROLNET
 from ray_jobs.diffusion.precision import PRECISIONS, cast, to_precision
 from ray_jobs.diffusion.quantization import quantize
 from ray_jobs.planning.footprint import blank_conditions
+from ray_jobs.training.setup import begun_controlnet
 from ray_jobs.weights.feature_networks import load_networks
 from ray_jobs.weights.loading import dtypes_of, empty_model, load_text, read_index
 from ray_jobs.weights.model_files import model_folder
@@ -176,13 +179,18 @@ class _Parts:
         self.dtypes = dtypes_of(model_folder(base, revision=revision), index, PRECISIONS[precision])
         self.pipeline: Any = empty_model(base, wanted, revision=revision)
         self.names = [name for name in wanted if getattr(self.pipeline, name) is not None]
+        if config.train.method == "controlnet":
+            with init_empty_weights():
+                self.pipeline.controlnet = begun_controlnet(config, self.pipeline, self.family)
+            self.names.append(CONTROLNET)
+            self.dtypes[CONTROLNET] = self.dtype(self.family.denoiser)
         if stored:
             for name in self.family.denoisers:
                 quantize(getattr(self.pipeline, name), stored)
         if config.model.quantize_text:
             for encoder in self.family.text.present(self.pipeline).values():
                 quantize(encoder, config.model.quantize_text)
-        self.not_denoising = [name for name in self.names if name not in self.family.denoisers]
+        self.not_denoising = [name for name in self.names if name not in self.family.model(self.pipeline)]
         self.modules = [getattr(self.pipeline, name) for name in self.names]
         self.without_data = FakeTensorMode(allow_non_fake_inputs=True)
         # Shared parameters are shared no longer once a module without memory is cast.
@@ -247,7 +255,7 @@ class _Parts:
 
     def denoise(self) -> None:
         """Predict for one row."""
-        model = {name: getattr(self.pipeline, name) for name in self.family.denoisers}
+        model = self.family.model(self.pipeline)
         conditions = blank_conditions(self.config, self.family, model[self.family.denoiser])
         dtype = self.dtype(self.family.denoiser)
         conditions = {name: cast(each, dtype) for name, each in conditions.items()}

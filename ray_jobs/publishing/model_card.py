@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from ray_jobs.config import LEARNING_RATE, Config, Effect, LoraConfig
 from ray_jobs.config.yaml_text import write_yaml
+from ray_jobs.diffusion.families.control import CONTROLNET, Control
 from ray_jobs.report import beginning, forgotten, headline, number
 from ray_jobs.run.manifest import Manifest
 from ray_jobs.run.records import (
@@ -45,6 +46,7 @@ class PublishedBase:
         paints_masks: see `Family.paints_masks`.
         torchvision: True if plain diffusers needs it to load the base.
         blocks: class of the base's blocks, if diffusers has only a modular pipeline for it.
+        control: of the ControlNet that was trained; None: none was.
     """
 
     on_hub: bool = True
@@ -58,6 +60,7 @@ class PublishedBase:
     paints_masks: bool = False
     torchvision: bool = False
     blocks: str | None = None
+    control: Control | None = None
 
 
 # Effects of the sections needed to train the model again; the others configure storage and serving.
@@ -121,8 +124,10 @@ def _front_matter(
     task = "image-to-image" if base.references or base.paints_masks else "text-to-image"
     found: dict[str, object] = {"library_name": "diffusers", "pipeline_tag": task}
     if base.on_hub:  # the Hub accepts only names of its own models
-        found |= {"base_model": config.model.base, "base_model_relation": "adapter" if lora else "finetune"}
-    found["tags"] = [task, "diffusers", *(["lora"] if lora else []), "diffray"]
+        relation = "adapter" if lora or base.control else "finetune"
+        found |= {"base_model": config.model.base, "base_model_relation": relation}
+    kind = ["lora"] if lora else ["controlnet"] if base.control else []
+    found["tags"] = [task, "diffusers", *kind, "diffray"]
     if pictures:
         widget = [{"text": _line(caption), "output": {"url": path}} for caption, path in pictures]
         found["widget"] = widget
@@ -137,6 +142,8 @@ def _introduction(config: Config, base: PublishedBase, winner: Winner) -> str:
     if config.train.makes_adapter:
         form = "rank" if lora.kind == "lora" else f"trained as {KINDS[lora.kind]} of rank"
         kind = f"LoRA weights ({form} {lora.rank}) for the {does} model {name}"
+    elif base.control:
+        kind = f"A ControlNet for the {does} model {name}"
     else:
         how = "all of its denoiser fine-tuned" if config.train.method == "full" else _rotated(lora)
         kind = f"{article} {does} model: {name}, {how}"
@@ -203,6 +210,14 @@ def usage(
             names.add(GUIDER)
             load.append(f"pipeline.update_components(guider={GUIDER}({_arguments(guidance)}))")
             guidance = {}
+    elif control := base.control:
+        names = {control.network_class, control.pipeline_class}
+        load = [
+            f'controlnet = {control.network_class}.from_pretrained(".", subfolder="{CONTROLNET}")',
+            f"pipeline = {control.pipeline_class}.from_pretrained(",
+            f"    {name!r}{revision}{variant}, controlnet=controlnet, torch_dtype=torch.float32",
+            ")",
+        ]
     else:
         told = f"{name!r}{revision}{variant}" if lora else '"."'
         load = [f"pipeline = DiffusionPipeline.from_pretrained({told}, torch_dtype=torch.float32)"]
@@ -231,7 +246,7 @@ def usage(
             *(["import os", ""] if f"model = {HERE}" in load else []),
             "import torch",
             f"from diffusers import {', '.join(sorted(names))}",
-            *(["from PIL import Image"] if base.references or base.paints_masks else []),
+            *(["from PIL import Image"] if base.references or base.paints_masks or base.control else []),
             *([f"from peft import {', '.join(INJECTING)}"] if base.injected and lora else []),
             *(["from safetensors.torch import load_file"] if MAGNITUDES[0] in load else []),
             "",
@@ -241,6 +256,7 @@ def usage(
             "picture = pipeline(",
             f"    prompt={prompt!r},",  # by name: FLUX.2's pipelines take an image first
             *([f"    image=references{'[0]' if base.takes_one else ''},"] if base.references else []),
+            *([f"    {base.control.image_argument}=control,"] if base.control else []),
             *(["    image=before,", "    mask_image=mask,"] if base.paints_masks else []),
             f"    height={side},",
             f"    width={side},",
@@ -255,7 +271,9 @@ def usage(
 
 
 def _references(base: PublishedBase) -> list[str]:
-    """Return the lines that open the reader's own reference pictures, or the picture to paint into."""
+    """Return the lines that open the reader's own pictures: references, one to paint into, or to follow."""
+    if base.control:
+        return ['control = Image.open("control.png").convert("RGB")  # your control image, of the same size']
     if base.paints_masks:
         return [
             'before = Image.open("before.png").convert("RGB")  # your picture',
@@ -332,7 +350,7 @@ def _injection(config: Config, component: str) -> list[str]:
 def _use(config: Config, base: PublishedBase, code: str) -> list[str]:
     dot = HERE if f"model = {HERE}" in code else "the dot"
     where = f"In this folder (on the Hub, put the repository's name in place of {dot})"
-    if config.train.makes_adapter and not base.on_hub:
+    if (config.train.makes_adapter or base.control) and not base.on_hub:
         where += f"; {_text(portable(config.model.base))} is the folder of the base model"
     model = config.model
     kinds = {"a base": model.quantize, "text encoders": model.quantize_text}
@@ -438,6 +456,8 @@ def _settings(config: Config, winner: Winner) -> list[str]:
         method = f"{KINDS[train.lora.kind]}, rank {train.lora.rank}, alpha {train.lora.alpha}"
     elif train.method == "lora":
         method = _rotated(train.lora)
+    elif train.method == "controlnet":
+        method = "a ControlNet beside the frozen base"
     workers = f"{train.min_workers} to {train.max_workers}" if train.is_elastic else f"{train.min_workers}"
     rows = [
         ("trained", method + (", and the text encoders" if train.train_text_encoder else "")),

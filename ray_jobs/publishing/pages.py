@@ -88,6 +88,7 @@ def published_base(config: Config) -> PublishedBase:
         paints_masks=family.paints_masks,
         torchvision=has_processor(base, revision=revision),
         blocks=blocks_name(index) if is_modular(index) else None,
+        control=family.control if config.train.method == "controlnet" else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""What a run begins from: registered versions that `model.base` and `model.adapter` name.
+"""What a run begins from: registered versions that `model.base`, `adapter` and `controlnet` name.
 
 An alias is looked up once, when a run begins: `<storage>/<run>/begins_from.json` keeps the version. So the
 run can be resumed after its own result has become the champion. `--fresh` looks it up again.
@@ -12,7 +12,11 @@ from ray_jobs.console import say
 from ray_jobs.registry.models import registered, verify_weights
 from ray_jobs.run.folder import BEGINS_FROM, RunFolder
 
-METHODS = {"base": "full", "adapter": "lora"}  # that a version must have been trained by
+METHODS = {
+    "base": "full",
+    "adapter": "lora",
+    "controlnet": "controlnet",
+}  # that a version must have been trained by
 
 
 @dataclass(frozen=True)
@@ -55,12 +59,12 @@ def with_beginning(config: Config, *, anew: bool = False, kept: bool = True) -> 
     if kept and found != before and (found or before):
         content = json.dumps({field: asdict(each) for field, each in found.items()}, indent=2)
         RunFolder.of(config).root.write_text(BEGINS_FROM, content)
-    adapter, model = found.get("adapter"), config.model
-    if adapter:
-        ours = (resolve_path(found["base"].source if "base" in found else model.base), model.revision)
-        if ours != (resolve_path(adapter.base), adapter.base_revision):
-            other = f"{adapter.label} was trained on {adapter.base}, not on {model.base}"
-            say("checks", f"warning: model.adapter: {other}")
+    model = config.model
+    ours = (resolve_path(found["base"].source if "base" in found else model.base), model.revision)
+    for field, each in found.items():
+        if field != "base" and ours != (resolve_path(each.base), each.base_revision):
+            other = f"{each.label} was trained on {each.base}, not on {model.base}"
+            say("checks", f"warning: model.{field}: {other}")
     update = {field: each.source for field, each in found.items()}
     config = config.model_copy(update={"model": model.model_copy(update=update)})
     if not config.model.adapter:
@@ -81,8 +85,9 @@ def read_beginnings(config: Config) -> dict[str, Beginning]:
 def beginning_names(config: Config) -> dict[str, str]:
     """Return the version or adapter that a run begins from, by field of `model`; empty for a plain base."""
     found = {field: each.label for field, each in read_beginnings(config).items()}
-    if config.model.adapter:
-        found.setdefault("adapter", config.model.adapter)
+    for field, given in (("adapter", config.model.adapter), ("controlnet", config.model.controlnet)):
+        if given:
+            found.setdefault(field, given)
     return found
 
 
@@ -102,9 +107,12 @@ def _beginning(config: Config, field: str, before: Beginning | None) -> Beginnin
         reason = str(error).removeprefix("publish.model_name: ")
         raise ConfigError(f"model.{field}: {given}: {reason}") from None
     if version.method != METHODS[field]:
-        kind = "a whole model; give it as model.base"
-        if field == "base":
-            kind = f"an adapter; give it as model.adapter, with its base {version.base} as model.base"
+        kind = {
+            "full": "a whole model; give it as model.base",
+            "lora": f"an adapter; give it as model.adapter, with its base {version.base} as model.base",
+            "controlnet": "a ControlNet; give it as model.controlnet, with its base "
+            f"{version.base} as model.base",
+        }[version.method]
         raise ConfigError(f"model.{field}: {given} is {kind}")
     say("checks", f"model.{field}: {given} is version {version.version}: {version.source}")
     return Beginning(

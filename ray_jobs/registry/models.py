@@ -45,7 +45,7 @@ class RegisteredModel:
     digest: str  # `digests.weights_digest` of the weights
     base: str  # base model of the fine-tuning: folder as configured, or hub name
     base_revision: str | None
-    method: str  # lora | full
+    method: str  # lora | full | controlnet
     metrics: dict[str, float]
     params: Mapping[str, str] = field(default_factory=dict)  # training parameters logged by `publish`
     guidance_scale: float | None = None  # guidance scale of its score; None: not recorded
@@ -56,6 +56,11 @@ class RegisteredModel:
     data: str | None = None  # digest of the prepared data of its training
     folds: int | None = None  # `search.folds` of its search; above 0, it was trained on validation pictures
     reference_resolution: int | None = None  # its `data.reference_resolution`
+
+    @property
+    def has_controlnet(self) -> bool:
+        """Whether it is a ControlNet, beside its base."""
+        return self.method == "controlnet"
 
 
 @dataclass(frozen=True)

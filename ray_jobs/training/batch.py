@@ -11,6 +11,7 @@ from ray_jobs.config import TrainConfig
 from ray_jobs.data.feeding.order import rows_of_rank
 from ray_jobs.data.feeding.streaming import SOURCE
 from ray_jobs.diffusion.families import Captions
+from ray_jobs.diffusion.families.control import CONTROL
 from ray_jobs.diffusion.families.family import MASK_PIXELS, MASKED, reference
 from ray_jobs.diffusion.families.text import LENGTHS, MASK, NULL
 from ray_jobs.diffusion.objectives import Draws, per_row
@@ -97,6 +98,7 @@ class InputMaker:
         preference: loss of `train.preference`, if votes are what is trained on: with `dpo` a row's first
             reference picture is the one that was not preferred; with `kto` liked pictures are of sources with
             an even number.
+        has_control: whether each row has a condition for a ControlNet.
     """
 
     def __init__(
@@ -111,8 +113,11 @@ class InputMaker:
         num_references: int = 0,
         has_masks: bool = False,
         preference: PreferenceLoss | None = None,
+        has_control: bool = False,
     ) -> None:
         self.preference = preference
+        self.control = (CONTROL,) if has_control else ()
+        self.control_form = model.family.control.form if model.family.control else None
         self.masks = ("mask",) if has_masks else ()
         self.references = tuple(map(reference, range(num_references)))
         self.device, self.settings = device, model.settings
@@ -140,7 +145,7 @@ class InputMaker:
     def columns(self) -> tuple[str, ...]:
         """The columns of the prepared rows that a step reads."""
         of_picture = (COLUMNS[name] for name in self.picture_conditions)
-        further = (*of_picture, *self.references, *self.nulls, *self.masks, *self.painted)
+        further = (*of_picture, *self.references, *self.nulls, *self.control, *self.masks, *self.painted)
         further += (SOURCE,) if self.preference == "kto" else ()
         return ("latents_mean", "latents_logvar", *self.null, *further)
 
@@ -196,6 +201,8 @@ class InputMaker:
         conditions |= {
             name: self.codec.normalised(there[name].float(), self.scale) for name in self.references
         }
+        if self.control:
+            conditions[CONTROL] = self._control(there[CONTROL])
         if self.painted:
             masked = there["masked_mean"].float(), there["masked_logvar"].float()
             conditions[MASKED] = self.codec.sample(*masked, self.scale, there["masked_posterior"])
@@ -228,6 +235,12 @@ class InputMaker:
             [other] = self.references
             return {"latents": self.codec.normalised(mean, self.scale), "rejected": conditions.pop(other)}
         return {"liked": there[SOURCE] % 2 == 0, "counted": there["weights"] > 0}
+
+    def _control(self, stored: torch.Tensor) -> torch.Tensor:
+        """Return what a ControlNet looks at: pixels are stored as uint8, latents as the codec has them."""
+        if stored.dtype == torch.uint8:
+            return stored.float() / 255
+        return self.codec.normalised(stored.float(), self.scale)
 
     def _dropped(self, there: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
         """Return a column of captions, with the dropped ones replaced by the empty one."""

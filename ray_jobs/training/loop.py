@@ -193,6 +193,7 @@ def input_maker(
         num_references=settings.rows[0].data.num_references,
         has_masks=settings.rows[0].data.has_masks,
         preference=preference.loss if preference else None,
+        has_control=settings.rows[0].data.has_control,
     )
 
 

@@ -11,6 +11,7 @@ from cluster.storage import Storage
 from ray_jobs.config import TrainConfig
 from ray_jobs.console.troubleshooting import Help, help_link
 from ray_jobs.data.feeding.streaming import SOURCE
+from ray_jobs.diffusion.families.control import CONTROL
 from ray_jobs.diffusion.families.text import MASK, NULL
 from ray_jobs.training.batch import COLUMNS, InputMaker, Piece
 from ray_jobs.training.engine import rows_a_worker
@@ -103,9 +104,20 @@ def blank(
         rows[name] = torch.zeros((count, *maker.codec.unpacked_shape(latents)))
     if SOURCE in maker.columns:
         rows[SOURCE] = torch.zeros(count, dtype=torch.int32)
+    if maker.control:
+        rows[CONTROL] = blank_control(maker, shape, count)
     if maker.masks:
         rows["mask"] = torch.ones((count, 1, *shape[1:]))
     return Piece(rows, list(range(count)), [1.0] * count)
+
+
+def blank_control(maker: InputMaker, shape: tuple[int, ...], count: int) -> torch.Tensor:
+    """Return the stored conditions of `count` rows for a ControlNet: black pictures, or their latents."""
+    stored = maker.codec.unpacked_shape(shape)
+    if maker.control_form == "latents":
+        return torch.zeros((count, *stored))
+    height, width = (side * maker.latent_pixels for side in stored[-2:])
+    return torch.zeros((count, 3, height, width), dtype=torch.uint8)
 
 
 def smaller(trial: str, rows: int, most: int) -> str:

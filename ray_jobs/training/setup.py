@@ -1,7 +1,7 @@
 """Build the model that a worker trains: the base, frozen and prepared as configured."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from cluster.fetched import local_path
 from ray_jobs.config import Config, TrainConfig
 from ray_jobs.config.space import ends
 from ray_jobs.data.encoding.shapes import picture_shapes
-from ray_jobs.diffusion.families import Family, family_of
+from ray_jobs.diffusion.families import CONTROLLED, Family, family_of
+from ray_jobs.diffusion.families.control import CONTROLNET
 from ray_jobs.diffusion.finetuning import ADAPTER, FineTuning, add_lora, choose_layers, set_dropout, train_all
 from ray_jobs.diffusion.host_weights import HostWeights
 from ray_jobs.diffusion.objectives import LossSettings, Objective
@@ -20,7 +21,7 @@ from ray_jobs.diffusion.pack import Pack, Trainable
 from ray_jobs.diffusion.precision import PRECISIONS
 from ray_jobs.diffusion.preference_tuning import REFERENCE, PreferenceTuning
 from ray_jobs.diffusion.preferences import PreferenceSettings
-from ray_jobs.diffusion.protocols import Pipeline
+from ray_jobs.diffusion.protocols import Component, Pipeline
 from ray_jobs.diffusion.quantization import quantize
 from ray_jobs.diffusion.recomputation import EveryNth, stacked_blocks
 from ray_jobs.diffusion.schedulers import trained_scheduler
@@ -30,6 +31,7 @@ from ray_jobs.training.flat import Flat
 from ray_jobs.training.phases import ever_trainable
 from ray_jobs.training.zero import ZeRO, deepspeed_config
 from ray_jobs.weights.assistant import add_assistant
+from ray_jobs.weights.controlnets import given_folder, read_controlnet, save_controlnet
 from ray_jobs.weights.model_files import UNUSED, check_weights, model_folder
 from ray_jobs.weights.rotations import Rotations
 from ray_jobs.weights.saving import save_lora, save_pipeline
@@ -63,8 +65,9 @@ def _load_base(config: Config) -> tuple[Pipeline, Family]:
     family = family_of(read_index(base, revision)["_class_name"])
     # Captions are already encoded; a T5 would take ten gigabytes on each worker for nothing.
     without = () if config.train.train_text_encoder else family.text.encoders
-    # What is trained begins in fp32, as the engine updates it; a frozen base is read as it is used.
-    dtype = PRECISIONS["fp32" if config.train.method == "full" else config.train.precision]
+    # What is trained, or copied to be, begins in fp32, as the engine updates it; a frozen base is read as it
+    # is used.
+    dtype = PRECISIONS[config.train.precision if config.train.method == "lora" else "fp32"]
     pipeline = load_pipeline(
         base, revision=revision, without=without, dtype=dtype, quantization=config.model.quantize
     )
@@ -86,7 +89,7 @@ def _finish(model: FineTuning, parts: Mapping[str, Any], config: Config) -> None
     """Apply what is left to a model whose trained parameters are chosen."""
     if config.train.offload_base:
         model.host_weights = HostWeights(model.blocks())  # before recomputation: some families wrap blocks
-    _prepare(parts, model.family, config)
+    _prepare({**parts, **model.model}, set(model.model), model.family, config)
     model.train()
     for part in model.text_encoders.values():
         part.train(any(parameter.requires_grad for parameter in part.parameters()))
@@ -158,6 +161,8 @@ def _choose_trained(
     """Return the module to train and the pipeline's components that it trains, by name."""
     train = config.train
     objective, settings = _objective(config, pipeline, family)
+    if train.method == "controlnet":
+        pipeline.controlnet = begun_controlnet(config, pipeline, family)
     parts = {name: getattr(pipeline, name) for name in trained_names(family, train)}
     if train.method == "lora":
         if train.preference and config.model.adapter:  # first: it freezes what is there
@@ -165,8 +170,7 @@ def _choose_trained(
         _add_adapters(config, parts, family, ADAPTER)
     else:
         for name, part in parts.items():
-            denoises, references = name in family.denoisers, config.data.num_references
-            train_all(part, family.unused_layers(part, references) if denoises else ())
+            train_all(part, _unused_layers(name, part, family, config))
             if train.dropout and name in family.denoisers:
                 if not family.has_dropout:
                     kind = type(part).__name__
@@ -189,6 +193,39 @@ def _choose_trained(
         model.preference = PreferenceSettings(train.preference.loss, train.preference.beta)
     _remember_trained(model, config)
     return model, parts
+
+
+def _unused_layers(name: str, part: Component, family: Family, config: Config) -> tuple[str, ...]:
+    """Return the names of a component's layers that do not reach the prediction."""
+    if name in family.denoisers:
+        return family.unused_layers(part, config.data.num_references)
+    return family.control.unused_layers(part) if family.control and name == CONTROLNET else ()
+
+
+def begun_controlnet(config: Config, pipeline: Pipeline, family: Family) -> Component:
+    """Return the ControlNet to train: that of `model.controlnet`, or a copy of the base's first blocks.
+
+    Raises:
+        ValueError: there are none of the base's family, or it does not suit the base.
+    """
+    control, model, layers = family.control, config.model, config.train.controlnet_layers
+    if control is None:
+        others = ", ".join(sorted(each.pipeline_class for each in CONTROLLED.values()))
+        raise ValueError(
+            f"train.method: controlnet: {family.pipeline_class} has no ControlNets here, only {others}; "
+            "choose one of these"
+        )
+    denoiser = getattr(pipeline, family.denoiser)
+    if not model.controlnet:
+        torch.manual_seed(config.seed)  # for what is new in it
+        try:
+            return control.network(denoiser, layers)
+        except ValueError as error:
+            raise ValueError(f"train.controlnet_layers: {error}") from None
+    if layers:
+        raise ValueError(f"train.controlnet_layers: {layers}: model.controlnet decides it; leave it out")
+    is_empty = next(denoiser.parameters()).device.type == "meta"
+    return read_controlnet(given_folder(model), control, denoiser, empty=is_empty)
 
 
 def _objective(config: Config, pipeline: Pipeline, family: Family) -> tuple[Objective, LossSettings]:
@@ -215,7 +252,7 @@ def _add_adapters(config: Config, parts: Mapping[str, Any], family: Family, adap
     for name, part in parts.items():
         denoises = name in family.denoisers
         chosen = config.train.lora.target_modules if denoises else None
-        unused = family.unused_layers(part, config.data.num_references) if denoises else ()
+        unused = _unused_layers(name, part, family, config)
         layers = list(chosen or family.trainable[name])
         try:
             add_lora(part, target_modules=layers, unused=unused, adapter=adapter, **settings)
@@ -280,6 +317,8 @@ def trained_names(family: Family, train: TrainConfig) -> tuple[str, ...]:
     Raises:
         ValueError: the family has no text encoder that can be trained, and `train` asks for it.
     """
+    if train.method == "controlnet":
+        return (CONTROLNET,)
     if not train.train_text_encoder:
         return family.denoisers
     if not family.trainable_encoders:
@@ -290,11 +329,15 @@ def trained_names(family: Family, train: TrainConfig) -> tuple[str, ...]:
     return tuple(family.trainable)
 
 
-def _prepare(parts: Mapping[str, Any], family: Family, config: Config) -> None:
-    """Turn on the configured options that affect only speed and memory."""
+def _prepare(parts: Mapping[str, Any], denoising: Set[str], family: Family, config: Config) -> None:
+    """Turn on the configured options that affect only speed and memory.
+
+    Args:
+        denoising: names of the parts that are called in each denoising step.
+    """
     train = config.train
     for name, part in parts.items():
-        denoises = name in family.denoisers
+        denoises = name in denoising
         if train.gradient_checkpointing and denoises:
             family.enable_gradient_checkpointing(part, EveryNth(train.checkpoint_every))
         elif train.gradient_checkpointing:
@@ -381,6 +424,10 @@ def exporter(config: Config, pipeline: Pipeline, model: Trainable, rank: int) ->
         place, revision = local_path(model_config.base), model_config.revision
         return lambda weights, folder: rotations.save(weights, place, folder, revision, scheduler)
     # Separate fp32 copies: the components in training change meanwhile.
+    if config.train.method == "controlnet":
+        prefix, network = model.components[CONTROLNET]
+        kept = copy.deepcopy(network) if rank == 0 else network
+        return lambda weights, folder: save_controlnet(kept, prefix, weights, folder, scheduler)
     own = copy.deepcopy(model.components) if rank == 0 else {}
     base = model_folder(local_path(config.model.base), revision=config.model.revision, without=UNUSED)
     return lambda weights, folder: save_pipeline(base, own, weights, folder, scheduler)

@@ -14,6 +14,7 @@ from ray_jobs.training.checkpoint import rungs_of
 from ray_jobs.training.loop import DIVERGED, LoopSettings, train_worker
 from ray_jobs.training.packed import PACK, PackSettings, train_packs
 from ray_jobs.weights.assistant import assistant_digest
+from ray_jobs.weights.controlnets import given_digest
 from ray_jobs.weights.starting_adapter import adapter_digest
 
 DEPENDS_ON = "depends_on.json"
@@ -41,6 +42,7 @@ def began_with(config: Config, dataset: Dataset, start: str | None) -> dict[str,
     """
     model = config.model
     others = {"start": start, "adapter": adapter_digest(model), "assistant": assistant_digest(model)}
+    others["controlnet"] = given_digest(model)
     return depends_on(config, dataset) | {name: value for name, value in others.items() if value}
 
 

@@ -104,6 +104,7 @@ class ValidationLoss:
             num_references=self.data.num_references,
             has_masks=self.data.has_masks,
             preference=self.preference,
+            has_control=self.data.has_control,
         )
         return model, inputs
 

@@ -15,6 +15,7 @@ from ray_jobs.diffusion.precision import to_precision
 from ray_jobs.diffusion.protocols import Component, Pipeline
 from ray_jobs.diffusion.quantization import cast_weights, copy_unrounded, is_quantized, quantize
 from ray_jobs.weights.adapter_files import place_tensors, read_adapter_file, unscaled
+from ray_jobs.weights.controlnets import controlled, controlnet_folder
 from ray_jobs.weights.model_files import UNUSED, model_folder, require_own_layers, variants
 from ray_jobs.weights.model_index import (
     INDEX,
@@ -47,9 +48,9 @@ def load_pipeline(
 
     Args:
         base: folder or hub name of the base model.
-        weights: folder with either LoRA weights (`pytorch_lora_weights.safetensors`), which are loaded onto
-            the base, together with a scheduler in the same folder if there is one; or a whole pipeline
-            (with an index, see `model_index`), which replaces the base.
+        weights: folder with either LoRA weights (`pytorch_lora_weights.safetensors`) or a ControlNet, which
+            are added to the base, together with a scheduler in the same folder if there is one; or a whole
+            pipeline (with an index, see `model_index`), which replaces the base.
         revision: revision of the base on the hub.
         without: components that are not loaded.
         dtype: see `read_pipeline`.
@@ -70,9 +71,12 @@ def load_pipeline(
     )
     pipeline.set_progress_bar_config(disable=True)
     if weights and not whole:
-        if not (Path(weights) / LORA_WEIGHTS).exists():
+        if network := controlnet_folder(weights):
+            pipeline = controlled(pipeline, network, dtype=dtype)
+        elif (Path(weights) / LORA_WEIGHTS).exists():
+            load_lora(pipeline, Path(weights))
+        else:
             raise ValueError(f"{weights}: contains neither {LORA_WEIGHTS} nor {INDEX} nor {MODULAR_INDEX}")
-        load_lora(pipeline, Path(weights))
         if has_scheduler(Path(weights)):
             pipeline.scheduler = load_scheduler(Path(weights))
     for part in pipeline.components.values():

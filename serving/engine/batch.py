@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ray_jobs.diffusion.families import Components, Conditions, Family
+from ray_jobs.diffusion.families.control import CONTROL, CONTROL_ROWS, CONTROL_SCALE
 from ray_jobs.diffusion.families.family import reference
 from ray_jobs.diffusion.families.text import LENGTHS, MASK
 from ray_jobs.diffusion.objectives import per_row
@@ -27,6 +28,7 @@ class Batch:
         guided: int64, G: indices of the rows with guidance.
         guidance_scales: float32, G.
         stacks: adapter updates for the N + G rows.
+        controls: what a ControlNet looks at in each of these rows, and how much that counts; None: nothing.
         shares: slices of this batch made so far, by start and stop.
     """
 
@@ -36,6 +38,7 @@ class Batch:
     guided: torch.Tensor
     guidance_scales: torch.Tensor
     stacks: Stacks
+    controls: list[tuple[torch.Tensor, float] | None]
     shares: dict[tuple[int, int], "Share"] = field(default_factory=dict)
 
     @staticmethod
@@ -63,17 +66,36 @@ class Batch:
         stacks: Stacks = {}
         for name in model:
             stacks = {**stacks, **low_rank.stack(adapters, name)}
-        return Batch(rows, family, conditions, index, scales[index], stacks)
+        controls = [
+            None
+            if row.control is None
+            else (cast(row.control, dtype_of(denoiser)), row.request.control_scale)
+            for row in (*rows, *(rows[i] for i in guided))
+        ]
+        return Batch(rows, family, conditions, index, scales[index], stacks, controls)
 
     def share(self, part: slice) -> "Share":
         """Return the inputs of a slice of the N + G rows; cached, since many steps use it."""
         key = part.start, part.stop
         if key not in self.shares:
             self.shares[key] = Share(
-                {name: each[part] for name, each in self.conditions.items()},
+                {name: each[part] for name, each in self.conditions.items()} | self._control(part),
                 {place: update.of(part) for place, update in self.stacks.items()},
             )
         return self.shares[key]
+
+    def _control(self, part: slice) -> Conditions:
+        """Return the conditions of a ControlNet in a slice of the rows: of those that it steers."""
+        here = self.controls[part]
+        given = [(place, *each) for place, each in enumerate(here) if each is not None]
+        if not given:
+            return {}
+        places, pictures, scales = zip(*given, strict=True)
+        device = pictures[0].device
+        found = {CONTROL: torch.stack(pictures), CONTROL_SCALE: torch.tensor(scales, device=device)}
+        if len(given) < len(here):
+            found[CONTROL_ROWS] = torch.tensor(places, device=device)
+        return found
 
     def twice(self, tensor: torch.Tensor) -> torch.Tensor:
         """Repeat the rows with guidance at the end: N x ... to N + G x ...."""

@@ -308,7 +308,8 @@ class Engine:
         for row, captions in zip(guided, embeds[len(rows) :], strict=True):
             row.null_captions = captions
         for row, captions in zip(rows, embeds[: len(rows)], strict=True):
-            noise = first_noise(self.family, seeded([row.request.seed]), self.latent_shape(*row.size))[0]
+            shape, generators = self.latent_shape(*row.size), seeded([row.request.seed])
+            noise = first_noise(self.family, generators, shape, is_controlled=row.is_controlled)[0]
             row.latents = (noise * row.schedule.noise_scale).to(self.device)
             row.clean = torch.zeros_like(row.latents)
             if self.num_earlier:

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ray_jobs.config.serve import Attention, Offload, Solver
 from ray_jobs.diffusion.families import family_of
+from ray_jobs.diffusion.families.control import CONTROLNET
 from ray_jobs.diffusion.host_weights import HostWeights
 from ray_jobs.diffusion.protocols import Pipeline
 from ray_jobs.diffusion.quantization import QuantizedLinear, is_quantized, quantize
@@ -80,7 +81,8 @@ def prepare(
         denoiser.to(memory_format=torch.channels_last)
     if compile:
         # The batch size changes with nearly every call, and the image size with every request.
-        denoiser.compile(dynamic=True)
+        for part in family.model(pipeline).values():
+            part.compile(dynamic=True)
     if offload != "none":
         keep_away(pipeline, device, offload)
     pipeline.switches = {"compile": compile, "fuse": fuse is not None, "offload": offload}
@@ -98,6 +100,8 @@ def check_switches(pipeline: Pipeline, *, with_adapters: bool, cache_features: b
         raise ValueError(f"compile: incompatible with {other}, which changes what is called; turn one off")
     if cache_features:
         family = family_of(pipeline)
+        if CONTROLNET in family.model(pipeline):
+            raise ValueError("cache_features: a ControlNet changes the features of each step; turn it off")
         check_cache_features(family, getattr(pipeline, family.denoiser))
 
 
@@ -118,7 +122,7 @@ def keep_away(pipeline: Pipeline, device: str, offload: Offload) -> None:
     both in the bytes of the largest layer. What is small is on the device: buffers, some of which FLUX.2's
     codec reads, and vectors, such as the biases that adapters of DoRA need.
     """
-    denoisers = family_of(pipeline).denoisers
+    denoisers = family_of(pipeline).model(pipeline)
     parts = {name: each for name, each in pipeline.components.items() if isinstance(each, nn.Module)}
     away = [part for name, part in parts.items() if offload == "model" or name not in denoisers]
     small = [weight for part in away for weight in part.parameters() if _is_vector(weight)]

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from ray_jobs.diffusion.families import Captions, Conditions, family_of
+from ray_jobs.diffusion.families.control import CONTROLNET
 from ray_jobs.diffusion.protocols import Pipeline
 from ray_jobs.diffusion.sampling import UNGUIDED
 from ray_jobs.diffusion.solvers import Schedule
@@ -26,8 +27,8 @@ class Drawing(NamedTuple):
     total_s: float  # seconds from submission to completion
 
 
-Picture = int | Literal["image", "masked"]
-"""A picture of a request that is encoded: a reference by its number, the initial image, or the masked one."""
+Picture = int | Literal["image", "masked", "control"]
+"""A picture of a request that is encoded: a reference by its number, or another one by what it is for."""
 OnPreview = Callable[[int, torch.Tensor], object]  # takes the steps done and a uint8 height x width x 3 image
 
 
@@ -59,6 +60,7 @@ def check_request(
         takes = f"at most {family.max_references}" if family.max_references else "none"
         raise RequestError("references", f"{len(request.references)} given; this model takes {takes}")
     _check_masked(request, size, family.paints_masks)
+    _check_control(request, size, is_controlled=CONTROLNET in family.model(pipeline))
     for picture in request.references:
         _check_reference(picture, least, max_side)
     if request.steps < 1:
@@ -125,6 +127,24 @@ def _check_masked(request: Request, size: tuple[int, int], paints_masks: bool) -
         raise RequestError("masked", reason)
 
 
+def _check_control(request: Request, size: tuple[int, int], *, is_controlled: bool) -> None:
+    control, scale = request.control, request.control_scale
+    if not isfinite(scale) or scale < 0:
+        raise RequestError("control_scale", f"{scale}; must be at least 0, which turns the control off")
+    if control is None:
+        if scale != 1:
+            raise RequestError("control_scale", f"{scale}; needs a control image")
+        return
+    if not is_controlled:
+        raise RequestError("control", "given; this model has no ControlNet")
+    if control.dtype != torch.uint8 or control.shape != (*size, 3):
+        reason = (
+            f"{tuple(control.shape)} of {control.dtype}; uint8, {size[0]} x {size[1]} x 3 is needed, as "
+            "serving.replica.image_input.read_picture makes it"
+        )
+        raise RequestError("control", reason)
+
+
 def _check_reference(picture: torch.Tensor, least: int, max_side: int) -> None:
     fits = picture.ndim == 3 and picture.shape[2] == 3 and picture.dtype == torch.uint8
     if not fits or any(side < least or side % least or side > max_side for side in picture.shape[:2]):
@@ -172,9 +192,15 @@ class Row:
     unencoded: list[Picture] = field(default_factory=list)
     references: dict[int, torch.Tensor] = field(default_factory=dict)  # latents, C x ..., by number
     blend: Blend | None = None  # set where a model without masks paints into one
+    control: torch.Tensor | None = None  # what a ControlNet looks at, C x ...
     painting: Conditions = field(default_factory=dict)  # conditions of the masked picture, without rows
     done: int = 0  # steps done
     last_call: int = 0  # denoiser call in which the row last stepped, or after which it joined
+
+    @property
+    def is_controlled(self) -> bool:
+        """Whether a ControlNet has a say in the row; with a scale of 0 it is off."""
+        return self.request.control is not None and self.request.control_scale > 0
 
     @property
     def kind(self) -> Kind:

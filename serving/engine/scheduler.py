@@ -33,7 +33,7 @@ class Encoding(NamedTuple):
         request = self.row.request
         if isinstance(self.which, int):
             return request.references[self.which]
-        pixels = request.image if self.which == "image" else self.row.masked
+        pixels = {"image": request.image, "masked": self.row.masked, "control": request.control}[self.which]
         assert pixels is not None
         return pixels
 
@@ -129,6 +129,7 @@ class Scheduler:
             row.last_call = self.calls
             row.unencoded = [] if row.request.image is None else ["image"]
             row.unencoded += [] if row.masked is None else ["masked"]
+            row.unencoded += ["control"] if row.is_controlled else []
             row.unencoded += range(len(row.request.references))
             (self.encoding if row.unencoded else self.running).append(row)
         return joined

@@ -9,8 +9,15 @@ from collections.abc import Sequence
 import torch
 
 from ray_jobs.diffusion.families import family_of
+from ray_jobs.diffusion.families.control import CONTROL
 from ray_jobs.diffusion.protocols import Pipeline
-from ray_jobs.diffusion.sampling import decode_latents, encode_masked, encode_pictures, encode_references
+from ray_jobs.diffusion.sampling import (
+    control_conditions,
+    decode_latents,
+    encode_masked,
+    encode_pictures,
+    encode_references,
+)
 from serving.engine.blending import Blend, outside_kept, painted_latents
 from serving.engine.cpu_workers import CPUWorkers
 from serving.engine.rows import Row
@@ -59,11 +66,15 @@ def _kept(row: Row, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def encode(pipeline: Pipeline, chunk: Sequence[Encoding], device: str) -> None:
-    """Encode pictures of one kind: set what their rows begin with, look at, or paint into."""
+    """Encode pictures of one kind: set what their rows begin with, look at, follow, or paint into."""
     pixels = torch.stack([each.pixels for each in chunk]).permute(0, 3, 1, 2)
     rows = [each.row for each in chunk]
     if chunk[0].which == "image":
         _set_initial_latents(pipeline, rows, pixels, device)
+        return
+    if chunk[0].which == "control":
+        for row, control in zip(rows, control_conditions(pipeline, pixels, device)[CONTROL], strict=True):
+            row.control = control
         return
     if chunk[0].which == "masked":
         _set_painting(pipeline, rows, pixels, device)
@@ -103,9 +114,11 @@ def _set_painting(pipeline: Pipeline, rows: Sequence[Row], pixels: torch.Tensor,
 
 def _draws(pipeline: Pipeline, row: Row) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return a row's random numbers in their order: for the posterior, noise, for the masked picture's."""
-    shape = tuple(row.latents.shape)
-    unpacked = family_of(pipeline).codec.unpacked_shape(shape)
+    shape, family = tuple(row.latents.shape), family_of(pipeline)
+    unpacked = family.codec.unpacked_shape(shape)
     generator = torch.Generator().manual_seed(row.request.seed)
+    if row.is_controlled and family.control and family.control.draws_first:
+        torch.randn((1, *unpacked), generator=generator)
     first, noise, last = (
         torch.randn((1, *each), generator=generator)[0] for each in (unpacked, shape, unpacked)
     )

@@ -40,7 +40,7 @@ from ray_jobs.config import Config, ConfigError
 from ray_jobs.run.folder import SharedFolder
 
 FILE = "feedback.db"  # in the storage folder
-SCHEMA = 4  # increased, with a migration, whenever the tables change
+SCHEMA = 5  # increased, with a migration, whenever the tables change
 BUSY_S = 30  # how long one SQLite writer waits for another, in seconds
 LOCK = 0xD1FF_FEED  # PostgreSQL's advisory lock of whoever creates the tables
 ID = String(28)
@@ -71,6 +71,7 @@ generations = Table(
     Column("size", Text, nullable=False),
     Column("strength", Double),
     Column("num_references", Integer),
+    Column("control_scale", Double),
     Column("user", Text),
     Column("key_id", Text),
     Column("seconds", Double, nullable=False),
@@ -120,6 +121,7 @@ MIGRATIONS = {
     ),
     3: ("ALTER TABLE generations ADD COLUMN num_references INTEGER",),
     4: ("ALTER TABLE generations ADD COLUMN adapters JSON",),
+    5: ("ALTER TABLE generations ADD COLUMN control_scale DOUBLE PRECISION",),
 }
 
 UPSERT: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}

@@ -40,7 +40,8 @@ class Replayer:
             Unavailable: the endpoint refuses, or serves another version than the one recorded.
             ConfigError: nothing answers there or the key is rejected; names --draw or --key.
         """
-        if generation.strength is not None or generation.num_references is not None:
+        given = (generation.strength, generation.num_references, generation.control_scale)
+        if any(each is not None for each in given):
             raise Unavailable("it was drawn from pictures that were sent, which are not kept")
         wanted = ("prompt", "seed", "steps", "guidance_scale", "size")
         body = {name: getattr(generation, name) for name in wanted} | {"n": 1}

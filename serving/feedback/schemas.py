@@ -40,6 +40,9 @@ class Generation(BaseModel):
     size: str = Field(pattern=r"^\d+x\d+$", description="width x height in pixels")
     strength: float | None = Field(None, description="of a picture that began with a given one, not kept")
     num_references: int | None = Field(None, description="reference pictures that were sent, not kept")
+    control_scale: float | None = Field(
+        None, description="of a picture that a ControlNet steered by an image, which is not kept"
+    )
     user: str | None = Field(None, description="as the request named them")
     key_id: str | None = Field(None, description="of the API key; null: none was needed")
     seconds: float = Field(description="from the request to the picture")

@@ -1,5 +1,6 @@
 """The endpoint's HTTP API: OpenAI's Images API, probes, and operator routes."""
 
+import base64
 import json
 import time
 from collections.abc import AsyncGenerator
@@ -57,7 +58,7 @@ PICTURE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 IMAGE_FIELDS = ("image", "image[]")  # of an edit; OpenAI's clients send lists by the second name
-MASK_FIELD = "mask"
+MASK_FIELD, CONTROL_FIELD = "mask", "control_image"
 Responses = dict[int | str, dict[str, Any]]  # by status, as FastAPI takes them
 KINDS = ("image_generation", "image_edit")  # event kinds, by OpenAI's names
 ERROR_DESCRIPTIONS = {
@@ -173,6 +174,7 @@ def _add_drawing(api: FastAPI, service: Service) -> None:
                 size=f"{own.width}x{own.height}",
                 references=own.max_references,
                 masks=own.paints_masks,
+                control=offer.version is not None and offer.version.has_controlnet,
             )
             for offer in service.catalogue.offers()
         ]
@@ -313,6 +315,9 @@ async def _edit_of(
         if name == MASK_FIELD:
             mask = content
             continue
+        if name == CONTROL_FIELD and not content.isascii():  # a file; else base64, as JSON has it
+            texts[name] = base64.b64encode(content).decode()
+            continue
         try:
             # Unsupported fields, such as markup, are refused by name, whatever their content.
             texts[name] = content.decode(errors="strict" if name in model.model_fields else "replace")
@@ -342,6 +347,7 @@ def _form(model: type[EditRequest]) -> dict[str, object]:
         "description": "A PNG of the first image's size, transparent where that is to be painted; the rest "
         "stays as it is.",
     }
+    schema["properties"][CONTROL_FIELD] |= {"type": "string", "format": "binary"}
     return schema
 
 

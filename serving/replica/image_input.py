@@ -15,12 +15,15 @@ MAX_PIXELS = 64 * 2**20  # maximum size of a decoded image; a small file may hol
 REFERENCE_PIXELS = 2**20  # a larger reference is scaled down to as many, as FLUX.2's pipelines do
 
 
-def read_picture(content: bytes, height: int, width: int) -> "torch.Tensor":
+def read_picture(content: bytes, height: int, width: int, param: str = "image") -> "torch.Tensor":
     """Decode an image file into uint8, height x width x 3.
 
     The file is read as in training (upright, sRGB, also 16 bits and CMYK, transparent parts white), cropped
     centrally to that aspect ratio, then scaled with bicubic interpolation and antialiasing. An image of that
     size stays unchanged.
+
+    Args:
+        param: the field that the file comes from, for errors.
 
     Raises:
         APIError: 400, the file is not a readable image in one of `FORMATS`, or has too many pixels.
@@ -29,7 +32,7 @@ def read_picture(content: bytes, height: int, width: int) -> "torch.Tensor":
     from numpy import array
     from PIL import Image, ImageOps
 
-    picture = _decoded(content)
+    picture = _decoded(content, param=param)
     # Only the crop is scaled: one pixel of a line that is one pixel high.
     return torch.from_numpy(array(ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)))
 
@@ -74,6 +77,27 @@ def read_references(
     return References(tuple(pictures), size)
 
 
+def read_control(
+    content: bytes, size: tuple[int, int] | None, multiple: int, max_side: int
+) -> "torch.Tensor":
+    """Decode an image file that a ControlNet is to follow: uint8, height x width x 3.
+
+    Args:
+        size: height and width, to which it is fitted as by `read_picture`; None: as by `read_references`.
+
+    Raises:
+        APIError: 400, as by these.
+    """
+    import torch
+    from numpy import array
+
+    param = "control_image"
+    if size is not None:
+        return read_picture(content, *size, param)
+    picture = _decoded(content, param=param)
+    return torch.from_numpy(array(_fitted(picture, "", multiple, max_side, param=param)))
+
+
 def read_masked(
     content: bytes, mask: bytes, size: tuple[int, int] | None, multiple: int, max_side: int
 ) -> "torch.Tensor":
@@ -115,7 +139,12 @@ def read_masked(
 
 
 def _fitted(
-    picture: "Image.Image", which: str, multiple: int, max_side: int, most: int = REFERENCE_PIXELS
+    picture: "Image.Image",
+    which: str,
+    multiple: int,
+    max_side: int,
+    most: int = REFERENCE_PIXELS,
+    param: str = "image",
 ) -> "Image.Image":
     """Scale a picture down to at most `most` pixels and crop it; `which` says in errors which one it is."""
     from PIL import Image
@@ -124,7 +153,8 @@ def _fitted(
     cut_height, cut_width = _size(width, height, multiple)
     if not cut_height or not cut_width:
         size = f"{picture.width}x{picture.height} pixels"
-        raise _invalid(f"{which}{size}; its shorter side must be at least {multiple}, also once scaled down")
+        reason = f"{which}{size}; its shorter side must be at least {multiple}, also once scaled down"
+        raise _invalid(reason, param)
     if (width, height) != picture.size:
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     left, top = width % multiple // 2, height % multiple // 2
@@ -145,14 +175,14 @@ def _size(width: int, height: int, multiple: int) -> tuple[int, int]:
     return height // multiple * multiple, width // multiple * multiple
 
 
-def _decoded(content: bytes, which: str = "") -> "Image.Image":
+def _decoded(content: bytes, which: str = "", param: str = "image") -> "Image.Image":
     """Decode an untrusted file; `which` says in errors which one."""
     try:
         return reading.read_picture(content, background="white", max_pixels=MAX_PIXELS, formats=FORMATS).image
     except reading.Rejected as rejected:
         if rejected.reason == "too_many_pixels":
-            raise _invalid(which + rejected.detail) from rejected
-        raise _invalid(f"{which}not a picture in one of {', '.join(FORMATS)}") from rejected
+            raise _invalid(which + rejected.detail, param) from rejected
+        raise _invalid(f"{which}not a picture in one of {', '.join(FORMATS)}", param) from rejected
 
 
 def _invalid(reason: str, param: str = "image") -> APIError:

@@ -35,7 +35,7 @@ from serving.messages import (
     refusal,
 )
 from serving.replica.engine_cache import EngineCache, NoRoom
-from serving.replica.image_input import read_masked, read_picture, read_references
+from serving.replica.image_input import read_control, read_masked, read_picture, read_references
 from serving.replica.postprocess import Postprocessor
 from serving.request import Request, RequestError, alone
 from serving.schemas import APIError
@@ -55,13 +55,14 @@ PARAMS = {
     "width": "size",
     "references": "image",
     "masked": "mask",
+    "control": "control_image",
 }  # HTTP parameters by fields of Request with other names
 KEPT_ENGINES = 3  # the base, and two fused or fully trained versions: a champion and its successor
 
 
 @serve.deployment
 class Model:
-    """Serve the bare base, LoRA versions as its adapters, and fully trained versions.
+    """Serve the bare base, LoRA versions as its adapters, ControlNets, and fully trained versions.
 
     Args:
         evaluate: configuration of the networks that measure drift.
@@ -215,7 +216,7 @@ class Model:
     async def _completed(self, routed: RoutedRequest, thread: "EngineThread", adapter: str | None) -> Request:
         """Return the request as the engine takes it: with its adapter and the pixels of its images."""
         request = routed.request
-        if routed.image is not None or routed.references:
+        if routed.image is not None or routed.references or routed.control is not None:
             async with self._decoding:
                 request = await asyncio.to_thread(_with_pixels, routed, thread)
         for each in routed.adapters:
@@ -285,18 +286,19 @@ class Model:
             local_weights(version) if version else nullcontext() as folder
         ):  # the weights are verified before the base is loaded
             make_room()
-            whole = None if version is None or version.method == "lora" else folder
+            method = version.method if version else "lora"
             pipeline = load_pipeline(
-                self.base.model if whole else local_path(self.base.model),
-                whole,
+                self.base.model if method == "full" else local_path(self.base.model),
+                None if method == "lora" else folder,
                 revision=self.base.revision,
                 dtype=PRECISIONS[settings.precision],
                 quantization=self.base.quantization,
                 text_quantization=self.base.text_quantization,
             )
-            if folder and not whole:
+            if folder and method == "lora":
                 parts = family_of(pipeline).adaptable(pipeline)
                 fuse = read_adapter(name, folder, parts, dtype=torch.float32)
+        takes_adapters = (name == BASE or method == "controlnet") and not settings.compile
         try:
             prepare(
                 pipeline,
@@ -314,7 +316,7 @@ class Model:
                 max_rows=settings.max_batch_size,
                 max_waiting=settings.max_queued_requests * settings.max_pictures,
                 max_side=settings.max_side,
-                adapter_folder=self._adapter_folder if name == BASE and not settings.compile else None,
+                adapter_folder=self._adapter_folder if takes_adapters else None,
                 adapter_bytes=settings.adapter_mb << 20,
                 prompt_bytes=settings.prompt_mb << 20,
                 attention=settings.attention,
@@ -357,7 +359,7 @@ def first_requests(engine: "Engine", num_steps: int, *, compiled: bool) -> list[
 
 
 def _with_pixels(routed: RoutedRequest, thread: "EngineThread") -> Request:
-    """Decode a request's files; without a size it gets that of its first reference.
+    """Decode a request's files; without a size it gets that of its first reference, or its control image.
 
     Raises:
         APIError: 400, one cannot be read.
@@ -377,6 +379,12 @@ def _with_pixels(routed: RoutedRequest, thread: "EngineThread") -> Request:
         pictures, size = read_references(routed.references, engine.size_multiple, engine.max_side, trained)
         height, width = request.height or size[0], request.width or size[1]
         request = replace(request, references=pictures, height=height, width=width)
+    if routed.control is not None:
+        size = (request.height, request.width) if request.height and request.width else None
+        size = engine.own_size if size is None and routed.image is not None else size
+        control = read_control(routed.control, size, engine.size_multiple, engine.max_side)
+        height, width = control.shape[:2]
+        request = replace(request, control=control, height=height, width=width)
     if routed.image is not None and routed.mask is None:
         height, width = engine.own_size
         image = read_picture(routed.image, request.height or height, request.width or width)

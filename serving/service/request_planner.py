@@ -1,6 +1,9 @@
 """Plan a client's request: resolve the version, fill in the server's defaults, one request per image."""
 
+import base64
+import binascii
 import random
+import re
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -27,6 +30,7 @@ from serving.service.replica_client import ReplicaClient
 from serving.service.request_context import RequestContext
 from serving.service.routing import Catalogue, UnknownModel
 
+DATA_URL = re.compile(r"^data:[\w./+-]*;base64,")
 GUIDANCE_SCALE = 3.0  # default for versions that were registered without one
 
 
@@ -83,7 +87,8 @@ class RequestPlanner:
         context.prompt = request.prompt
         user = request.user or context.key
         adapters = await self._adapters(request, user)
-        version = None if adapters else await self.find(request.model, user)
+        version = None if adapters and request.control_image is None else await self.find(request.model, user)
+        control = _control(request, version)
         width, height = await self._pixels(request.size)
         strength: float | None = None
         references: tuple[bytes, ...] = ()
@@ -102,6 +107,7 @@ class RequestPlanner:
             width,
             previews=min(request.partial_images, steps - 1),  # there are no more intermediate images
             strength=strength or 1.0,
+            control_scale=1.0 if request.control_scale is None else request.control_scale,
             adapters=tuple(
                 ScaledAdapter(adapter_name(each), chosen.scale)
                 for each, chosen in zip(adapters, request.adapters or (), strict=True)
@@ -113,8 +119,9 @@ class RequestPlanner:
             images[0] if strength else None,
             references,
             mask,
+            control=control,
             # Edits are not scored: they differ from the published images as much as their input does.
-            scored=not images and version in (self.catalogue.champion, self.catalogue.candidate),
+            scored=not images and control is None and version in self._compared,
             asked=time.time(),
             fused=self.settings.fuse_champion and version == self.catalogue.champion,
             adapters=adapters,
@@ -143,7 +150,7 @@ class RequestPlanner:
         """
         if request.adapters is None:
             return ()
-        if request.model not in (None, BASE):
+        if request.model not in (None, BASE) and request.control_image is None:
             reason = "leave it out beside adapters, which lists all that is applied to the base"
             raise APIError(400, f"model: {reason}", "model", "invalid_value")
         if self.settings.compile:
@@ -164,6 +171,11 @@ class RequestPlanner:
                 raise APIError(400, f"{field}: {reason}", field, "invalid_value")
             found.append(version)
         return tuple(found)
+
+    @property
+    def _compared(self) -> tuple[RegisteredModel | None, ...]:
+        """Champion and candidate."""
+        return self.catalogue.champion, self.catalogue.candidate
 
     def _usual_guidance(self, version: RegisteredModel | None) -> float:
         """Return the default guidance scale: the configured one, else the one the version was scored with.
@@ -229,6 +241,27 @@ class RequestPlanner:
             reason = "with strength, drawing begins with one" if limit else "drawing begins with one"
             raise _too_many(images, reason)
         return request.strength or (STRENGTH if mask is None else 1.0), ()
+
+
+def _control(request: ImageRequest, version: RegisteredModel | None) -> bytes | None:
+    """Return the file of a request's control image; None without one.
+
+    Raises:
+        APIError: 400, it is no base64, the version has no ControlNet, or there is a scale without it.
+    """
+    if request.control_image is None:
+        if request.control_scale is not None:
+            raise APIError(
+                400, "control_scale: needs control_image, or leave it out", "control_scale", "invalid_value"
+            )
+        return None
+    if version is None or not version.has_controlnet:
+        reason = f"{label(version)} has no ControlNet; GET /v1/models says which models have one (control)"
+        raise APIError(400, f"control_image: {reason}", "control_image", "invalid_value")
+    try:
+        return base64.b64decode(DATA_URL.sub("", request.control_image), validate=True)
+    except binascii.Error:
+        raise APIError(400, "control_image: must be base64", "control_image", "invalid_value") from None
 
 
 def _too_many(images: Sequence[bytes], reason: str) -> APIError:

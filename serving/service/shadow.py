@@ -25,6 +25,7 @@ PARAMETERS = (
     "width",
     "previews",
     "strength",
+    "control_scale",
 )
 ROUTING = ("image_id", "scored", "asked", "fused")
 KEPT = 200  # pairs of images in the folder; the oldest is overwritten
@@ -45,8 +46,8 @@ class Shadow:
     Args:
         folder: output folder with slots `000/` and so on. Each holds `champion.png`, `candidate.png` (or both
             as .jpeg or .webp), for an edit the initial image as `given`, the references as `reference-0` and
-            so on and `mask`, and `parameters.json`, which is written last. The file `next` holds the slot at
-            which the next process continues.
+            so on and `mask`, what a ControlNet follows as `control`, and `parameters.json`, which is written
+            last. The file `next` holds the slot at which the next process continues.
         draw: function that has one image generated.
         may_draw: function that returns True if the replicas have capacity beside the open requests.
         kept: number of slots.
@@ -99,6 +100,8 @@ class Shadow:
             place.write_bytes(f"reference-{number}", content)
         if pair.request.mask is not None:
             place.write_bytes("mask", pair.request.mask)
+        if pair.request.control is not None:
+            place.write_bytes("control", pair.request.control)
         versions = {"champion": label(pair.answered.version), "candidate": label(pair.request.version)}
         request, routed = asdict(pair.request.request), pair.request._asdict()
         parameters = {name: request[name] for name in PARAMETERS} | {name: routed[name] for name in ROUTING}

@@ -16,6 +16,7 @@ import torch
 from ray_jobs.config import Config
 from ray_jobs.data.encoding.shapes import square_latents
 from ray_jobs.diffusion.ema import EMA
+from ray_jobs.diffusion.families import FAMILIES
 from ray_jobs.diffusion.quantization import FORMATS
 from ray_jobs.training.batch import InputMaker, Piece, loss_shares
 from ray_jobs.training.engine import pieces_a_step
@@ -45,6 +46,15 @@ CASES: dict[str, dict[str, Any]] = {
         "loss": {"offset_noise": 0.1, "input_perturbation": 0.1, "huber_delta": 0.1},
     },
 }
+CASES_OF_CONTROL: dict[str, dict[str, Any]] = {
+    "controlnet": {"method": "controlnet"},
+    "controlnet in pieces, recomputed": {
+        "method": "controlnet",
+        "micro_batch_size": 2,
+        "gradient_checkpointing": True,
+        "channels_last": True,
+    },
+}
 RECOMPUTED = {"gradient_checkpointing": True, "micro_batch_size": 2}
 # Each is also run with the base's blocks on the host.
 CASES_OF_BASES: dict[str, dict[str, Any]] = {
@@ -64,11 +74,12 @@ CAPTIONS = ["a red circle", "a blue cross", "", "a green square"]
 
 def config_of(base: Path, folder: Path, quantize: str | None = None, **train: Any) -> Config:
     settings = {"batch_size": 4, "num_workers": 1, "use_gpu": True, "precision": "bf16", **train}
+    control = {"control": {"kind": "edges"}} if train.get("method") == "controlnet" else {}
     return Config.model_validate(
         {
             "name": "pretended",
             "storage": str(folder),
-            "data": {"source": "unused", "resolution": 64},
+            "data": {"source": "unused", "resolution": 64, **control},
             "model": {"base": str(base), "quantize": quantize},
             "train": settings,
             "search": {"learning_rates": [1e-3], "ladder": [1000]},
@@ -85,6 +96,8 @@ def encoded_rows(config: Config) -> tuple[dict[str, torch.Tensor], dict[str, tor
     sizes = torch.tensor([[64, 64, 0, 0, 64, 64]] * 4, dtype=torch.int32)
     rows = {"latents_mean": mean, "latents_logvar": logvar, "conditioning": sizes, **captions}
     rows |= encoders.encode_masked(half_painted(pixels))
+    if (control := encoders.family.control) is not None:
+        rows["control"] = mean if control.form == "latents" else torch.from_numpy(pixels).permute(0, 3, 1, 2)
     stored = {name: each.bfloat16() if each.is_floating_point() else each for name, each in rows.items()}
     return stored, empty
 
@@ -97,7 +110,15 @@ def train(config: Config, device: Pretend) -> dict[str, Any]:
     pipeline, model = build_model(config, "cuda")
     model.move(cuda)  # on a real GPU parameters stay the same objects; here they are new ones
     model.remember_trained({})
-    maker = InputMaker(pipeline.vae, model, empty, cuda, seed=0, caption_dropout=config.train.caption_dropout)
+    maker = InputMaker(
+        pipeline.vae,
+        model,
+        empty,
+        cuda,
+        seed=0,
+        caption_dropout=config.train.caption_dropout,
+        has_control=config.data.has_control,
+    )
     batch = {name: rows[name] for name in maker.columns}
     engine = build_engine(model, config.train, 1, cuda)
     assert isinstance(engine, Flat)
@@ -220,7 +241,9 @@ def main(folder: Path) -> None:
         base = folder / name
         if not base.exists():
             write(name, base)
-        for case, settings in (CASES | (CASES_OF_PLAIN if name in PLAIN else {})).items():
+        cases = CASES | (CASES_OF_PLAIN if name in PLAIN else {})
+        cases |= CASES_OF_CONTROL if FAMILIES[name].control else {}
+        for case, settings in cases.items():
             try:
                 with Pretend() as device:
                     found = train(config_of(base, folder, **settings), device)

@@ -238,24 +238,26 @@ def test_sqlite_keeps_a_write_ahead_log_and_syncs_every_commit(database: str) ->
 def test_tables_of_an_older_program_are_brought_up_to_date_once(either: str) -> None:
     engine = open_database(either)
     with engine.begin() as connection:
-        for column in ("negative_prompt", "num_references", "adapters"):
+        for column in ("negative_prompt", "num_references", "adapters", "control_scale"):
             connection.exec_driver_sql(f"ALTER TABLE generations DROP COLUMN {column}")
         connection.exec_driver_sql(
             "ALTER TABLE generations ADD COLUMN negative_prompt TEXT NOT NULL DEFAULT ''"
         )
         connection.exec_driver_sql("UPDATE feedback_schema SET version = 1")
         for number, text in ((1, ""), (2, "blur")):
-            row = generation(number, negative_prompt=text).model_dump(exclude={"num_references", "adapters"})
+            added = {"num_references", "adapters", "control_scale"}
+            row = generation(number, negative_prompt=text).model_dump(exclude=added)
             connection.execute(generations.insert().values(row))
     with ThreadPoolExecutor(4) as pool:
         engines = list(pool.map(open_database, [either] * 4))
     store = FeedbackStore(engines[0])
     adapters: list[dict[str, str | float]] = [{"name": "styles@3#12", "scale": 0.7}]
-    store.record(generation(3, negative_prompt="", num_references=2, adapters=adapters))
+    store.record(generation(3, negative_prompt="", num_references=2, adapters=adapters, control_scale=0.5))
     store.flush()
     names = [f"img-{number:024x}" for number in (1, 2, 3)]
     assert [each.negative_prompt for each in store.generations(names)] == [None, "blur", ""]
     assert [each.num_references for each in store.generations(names)] == [None, None, 2]
+    assert [each.control_scale for each in store.generations(names)] == [None, None, 0.5]
     assert [each.adapters for each in store.generations(names)] == [None, None, adapters]
     store.rate(rated(1))
     store.close()

@@ -23,6 +23,7 @@ from ray_jobs.run.manifest import Manifest
 from ray_jobs.run.records import RungRow
 from ray_jobs.training.trainer import depends_on
 from ray_jobs.tuning.results import FINISHED, finished, read_result, search_digest, search_digests
+from ray_jobs.weights.loading import LORA_WEIGHTS
 from tests.unit.test_sources import caption_files
 
 DATA = Dataset(Storage.open("unused"), Storage.open("unused"), Manifest(content="some rows"))
@@ -121,7 +122,9 @@ def another(annotation: Any, value: Any) -> Any:
 def test_a_record_changes_with_the_fields_that_affect_it_and_no_others(
     record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "x").write_bytes(b"the other value of model.assistant, whose content is read")
+    (tmp_path / "x").mkdir()  # the other value of model.assistant and model.controlnet, whose content is read
+    (tmp_path / "x" / LORA_WEIGHTS).write_bytes(b"weights")
+    (tmp_path / "x" / "config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     config = configured(max_cost=9.0, device_hour_price=2.0)
     sections, effects = RECORDS[record]

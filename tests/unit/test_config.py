@@ -187,7 +187,7 @@ def test_wrong_settings_name_the_field(override: str, expected: str) -> None:
         (["train.engine=flat", "train.deepspeed={a: 1}"], "flat does not have deepspeed"),
         (["train.zero_stage=0", "train.offload_optimizer=true"], "offload_optimizer needs zero_stage"),
         (["train.offload_base=true"], "offload_base needs use_gpu; on a CPU"),
-        ([*OFFLOADS, "train.method=full"], "offload_base: method full trains the base; set method: lora"),
+        ([*OFFLOADS, "train.method=full"], "offload_base: method full trains whole layers; set method: lora"),
         ([*OFFLOADS, "train.zero_stage=3"], "offload_base: zero_stage: 3 is DeepSpeed's"),
         ([*OFFLOADS, "train.offload_optimizer=true"], "offload_base: offload_optimizer is DeepSpeed's"),
         ([*OFFLOADS, "train.engine=deepspeed"], "offload_base: engine: deepspeed is DeepSpeed's"),

@@ -1,16 +1,24 @@
 """A ControlNet begins as a copy that changes nothing, and draws the picture of diffusers' pipeline."""
 
-from typing import Any
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from PIL import Image
 
 from ray_jobs.diffusion.families import CONTROLLED, FAMILIES, Family, family_of
-from ray_jobs.diffusion.families.family import CONTROL, CONTROL_SCALE
+from ray_jobs.diffusion.families.control import CONTROL, CONTROL_ROWS, CONTROL_SCALE
+from ray_jobs.diffusion.families.flux import from_tokens
+from ray_jobs.diffusion.finetuning import FineTuning, train_all
+from ray_jobs.diffusion.objectives import Draws, FlowMatching, LossSettings
 from ray_jobs.diffusion.protocols import Component, Pipeline
 from ray_jobs.diffusion.sampling import control_conditions, encode_prompts, sample_pictures, whole_pictures
+from ray_jobs.weights.controlnets import controlled as read_controlled
+from ray_jobs.weights.controlnets import save_controlnet
 
 PROMPT, SEED, STEPS, GUIDANCE, SIDE = "a red apple", 7, 3, 3.0, 64
 FAMILIES_WITH_CONTROL = [pytest.param(each, id=each.pipeline_class) for each in CONTROLLED.values()]
@@ -42,6 +50,30 @@ def control_image() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
 
 
+def controlled(family: Family, base: Pipeline) -> Pipeline:
+    """Return diffusers' pipeline of a base and a ControlNet that has an effect."""
+    assert family.control
+    torch.manual_seed(0)
+    return family.control.pipeline(base, changing(family.control.network(getattr(base, family.denoiser))))
+
+
+def plain_drawn(pipeline: Pipeline, picture: np.ndarray, guidance_scale: float = GUIDANCE) -> np.ndarray:
+    """Return the picture that diffusers' pipeline draws: float32, SIDE x SIDE x 3, 0 to 1."""
+    control, call = family_of(pipeline).control, cast(Any, pipeline)
+    assert control
+    found: np.ndarray = call(
+        PROMPT,
+        **{control.image_argument: Image.fromarray(picture)},
+        height=SIDE,
+        width=SIDE,
+        num_inference_steps=STEPS,
+        guidance_scale=guidance_scale,
+        generator=torch.Generator().manual_seed(SEED),
+        output_type="np",
+    ).images[0]
+    return found
+
+
 def drawn(pipeline: Pipeline, picture: np.ndarray | None) -> torch.Tensor:
     """Return the picture that our sampler draws: uint8, 3 x SIDE x SIDE."""
     [batch] = sample_pictures(
@@ -63,32 +95,113 @@ def as_tensor(picture: np.ndarray) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES_WITH_CONTROL)
 def test_the_picture_is_the_one_that_diffusers_draws(family: Family) -> None:
-    assert family.control
     base = small_base(family)
-    before = dict(base.transformer.config if family.denoiser == "transformer" else base.unet.config)
-    torch.manual_seed(0)
-    pipeline = family.control.pipeline(base, changing(family.control.network(getattr(base, family.denoiser))))
+    before = dict(getattr(base, family.denoiser).config)
+    pipeline = controlled(family, base)
     assert dict(getattr(base, family.denoiser).config) == before  # which diffusers' own way changes for SD3
     assert family_of(pipeline) is family and list(family.model(pipeline)) == [family.denoiser, "controlnet"]
     picture = control_image()
-    name = "image" if family.control.form == "pixels" else "control_image"
-    call: Any = pipeline
-    theirs = call(
-        PROMPT,
-        **{name: Image.fromarray(picture)},
-        height=SIDE,
-        width=SIDE,
-        num_inference_steps=STEPS,
-        guidance_scale=GUIDANCE,
-        generator=torch.Generator().manual_seed(SEED),
-        output_type="np",
-    ).images[0]
+    theirs = plain_drawn(pipeline, picture)
     ours = drawn(pipeline, picture)
     difference = ours.permute(1, 2, 0).float() - 255 * torch.from_numpy(theirs)
     assert difference.abs().max() < 0.55
     free = drawn(pipeline, None)
     assert (free.float() - ours.float()).abs().mean() > 5  # without a control image it draws as the base
     assert torch.equal(free, drawn(base, None))
+
+
+@pytest.mark.parametrize("family", FAMILIES_WITH_CONTROL)
+def test_the_loss_is_that_of_the_pipelines_own_pieces(family: Family) -> None:
+    """At a step of the pipeline's own: what its denoiser predicts there is compared with the target."""
+    pipeline = controlled(family, small_base(family))
+    calls: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def record(_: object, given: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        latents = given[0] if given else named["hidden_states"]
+        timestep = given[1] if len(given) > 1 else named["timestep"]
+        calls.append((latents, torch.as_tensor(timestep).reshape(1), output[0]))
+
+    getattr(pipeline, family.denoiser).register_forward_hook(record, with_kwargs=True)
+    picture = control_image()
+    plain_drawn(pipeline, picture, guidance_scale=1.0)
+    noisy, timestep, predicted = calls[1]
+    if family.pipeline_class == "FluxPipeline":  # which takes tokens and the share of the schedule
+        side = SIDE // 16
+        noisy, predicted = from_tokens(noisy, (side, side)), from_tokens(predicted, (side, side))
+        timestep = 1000 * timestep
+    objective = family.schedule.objective(pipeline.scheduler.config)
+    noise = torch.randn(noisy.shape, generator=torch.Generator().manual_seed(1))
+    if isinstance(objective, FlowMatching):
+        sigma = timestep / 1000
+        clean = (noisy - sigma * noise) / (1 - sigma)
+        position, target = sigma / (objective.shift - (objective.shift - 1) * sigma), noise - clean
+    else:
+        scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        kept = scheduler.alphas_cumprod[timestep.long()].reshape(1, 1, 1, 1)
+        clean = (noisy - (1 - kept).sqrt() * noise) / kept.sqrt()
+        position = (timestep.long() + 0.5) / 1000
+        velocity = scheduler.config.prediction_type == "v_prediction"
+        target = scheduler.get_velocity(clean, noise, timestep.long()) if velocity else noise
+    expected = (predicted - target).square().mean()
+    model = FineTuning(pipeline, family, objective, LossSettings(timestep_sampling="uniform")).eval()
+    conditions = encode_prompts(pipeline, [PROMPT]) | whole_pictures(family, 1, SIDE, SIDE)
+    with torch.no_grad():
+        given = control_conditions(pipeline, as_tensor(picture)[None])
+        loss = model(clean, conditions | given, Draws(position, noise))
+        without = model(clean, conditions, Draws(position, noise))
+    assert torch.allclose(loss[0], expected, rtol=1e-4)
+    assert not torch.allclose(loss, without, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES_WITH_CONTROL)
+def test_every_layer_that_is_trained_learns_and_the_base_does_not(family: Family) -> None:
+    pipeline = controlled(family, small_base(family))
+    for part in family.model(pipeline).values():
+        part.requires_grad_(False)
+    assert family.control
+    network = pipeline.controlnet
+    train_all(network, family.control.unused_layers(network))
+    objective = family.schedule.objective(pipeline.scheduler.config)
+    model = FineTuning(pipeline, family, objective, LossSettings()).train()
+    latents = torch.randn(2, *family.codec.shape(pipeline.vae.config, SIDE, SIDE))
+    conditions = encode_prompts(pipeline, 2 * [PROMPT]) | whole_pictures(family, 2, SIDE, SIDE)
+    conditions |= control_conditions(pipeline, as_tensor(control_image()).expand(2, -1, -1, -1))
+    model(latents, conditions, Draws(torch.tensor([0.3, 0.7]), torch.randn_like(latents))).sum().backward()
+    learning = {name for name, each in model.named_parameters() if each.grad is not None and each.grad.any()}
+    assert learning == {name for name, _ in model.trained()}
+    assert all(name.startswith("further_denoisers.controlnet.") for name in learning)
+
+
+@pytest.mark.parametrize("family", FAMILIES_WITH_CONTROL)
+def test_a_control_net_is_written_and_read_alone(family: Family, tmp_path: Path) -> None:
+    base = small_base(family)
+    pipeline = controlled(family, base)
+    network = pipeline.controlnet
+    weights = {f"net.{name}": 0.5 * each.detach() for name, each in network.named_parameters()}
+    save_controlnet(deepcopy(network), "net", weights, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"controlnet"}
+    again = read_controlled(base, tmp_path / "controlnet")
+    assert type(again) is type(pipeline) and again.vae is base.vae
+    read = dict(again.controlnet.named_parameters())
+    assert all(torch.equal(read[name.removeprefix("net.")], each) for name, each in weights.items())
+
+
+def test_a_control_net_of_another_base_is_refused(tmp_path: Path) -> None:
+    family = FAMILIES["StableDiffusionPipeline"]
+    pipeline = controlled(family, small_base(family))
+    save_controlnet(pipeline.controlnet, "net", {}, tmp_path)
+    other = family.tiny([PROMPT])
+    settings = dict(other.unet.config) | {"cross_attention_dim": 40}
+    settings.pop("_use_default_values", None)
+    other.unet = type(other.unet).from_config(settings)
+    with pytest.raises(ValueError, match=r"controlnet: .* there and .* it was trained for another base"):
+        read_controlled(other, tmp_path / "controlnet")
+    flux = FAMILIES["FluxPipeline"].tiny([PROMPT])
+    with pytest.raises(ValueError, match="a ControlNetModel, where the base needs a FluxControlNetModel"):
+        read_controlled(flux, tmp_path / "controlnet")
+    chroma = FAMILIES["ChromaPipeline"].tiny([PROMPT])
+    with pytest.raises(ValueError, match="ChromaPipeline has no ControlNets here"):
+        read_controlled(chroma, tmp_path / "controlnet")
 
 
 @pytest.mark.parametrize("family", FAMILIES_WITH_CONTROL)
@@ -111,10 +224,17 @@ def test_a_control_scale_counts_for_its_row_alone(family: Family) -> None:
         whole = family.denoise(family.model(fresh), latents, timesteps, controlled)
         scales = {CONTROL_SCALE: torch.tensor([0.0, 0.5, 1.0])}
         mixed = family.denoise(family.model(fresh), latents, timesteps, controlled | scales)
+        rows = torch.tensor([2, 1])
+        some = {
+            CONTROL: controlled[CONTROL][rows],
+            CONTROL_SCALE: torch.tensor([1.0, 0.5]),
+            CONTROL_ROWS: rows,
+        }
+        of_some = family.denoise(family.model(fresh), latents, timesteps, conditions | some)
     assert torch.equal(mixed[0], plain[0]) and torch.equal(mixed[2], whole[2])
     assert not torch.allclose(mixed[1], plain[1], atol=1e-3)
     assert not torch.allclose(mixed[1], whole[1], atol=1e-3)
-    assert CONTROL in controlled
+    assert torch.equal(of_some[0], plain[0]) and torch.allclose(of_some, mixed, atol=1e-5)
 
 
 def test_a_base_with_a_control_net_in_it_is_refused_with_what_to_give() -> None:

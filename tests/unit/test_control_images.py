@@ -65,6 +65,7 @@ def configured(base: Path | str, control: dict[str, Any] | None = None, **data: 
                 **data,
             },
             "model": {"base": str(base)},
+            "train": {"method": "lora" if control == {} else "controlnet"},
             "search": {"learning_rates": [1e-4], "ladder": [1]},
         }
     )
@@ -322,7 +323,7 @@ def test_rows_with_other_control_images_are_encoded_anew(bases: dict[str, Path],
         configured(base, {"kind": "edges", "low_threshold": 50}),
         configured(base, {"kind": "depth", "model": one}),
         configured(base, {"kind": "depth", "model": two}),
-        configured(base, sources=[{"path": "x", "reference_columns": ["canny"]}]),
+        configured(base, {}, sources=[{"path": "x", "reference_columns": ["canny"]}]),
     ]
     keys = [RowKeys(config).key("a", "text", (8, 8), 0, "train", False, ("b",)) for config in configs]
     assert len(set(keys)) == len(keys)

@@ -291,7 +291,8 @@ class EncodeRows:
         """
         import torch
 
-        from ray_jobs.diffusion.families.family import CONTROL, reference
+        from ray_jobs.diffusion.families.control import CONTROL
+        from ray_jobs.diffusion.families.family import reference
         from ray_jobs.diffusion.memory import pictures_at_once
 
         limit = min(self.batch_size, pictures_at_once(*pixels.shape[1:3]))

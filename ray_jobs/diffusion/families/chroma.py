@@ -45,7 +45,7 @@ class Chroma(FluxFamily):
         # where a bool mask would exclude the padding. Training and sampling follow the pipeline.
         mask = torch.cat([conditions[MASK].to(tokens), tokens.new_ones(tokens.shape[:2])], dim=1)
         embeds = conditions["prompt_embeds"]
-        return self.denoise_tokens(model, tokens, grid, timesteps, embeds, attention_mask=mask)
+        return self.denoise_tokens(model, tokens, grid, timesteps, embeds, conditions, attention_mask=mask)
 
     def enable_gradient_checkpointing(self, denoiser: Denoiser, recompute: Recompute = recomputed) -> None:
         """Wrap the blocks: diffusers 0.42.1 recomputes the single blocks without their attention mask."""

@@ -1,8 +1,8 @@
 """Facet of a family: ControlNets (Zhang et al., arXiv 2302.05543), networks that steer a frozen denoiser."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from inspect import signature
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -11,6 +11,15 @@ from ray_jobs.diffusion.protocols import Component, Denoiser, Pipeline, Settings
 
 CONTROLNET = "controlnet"
 """Name of the ControlNet among a pipeline's components."""
+CONTROL = "control"
+"""Condition that a ControlNet looks at, M x ..., as `Control.form` says: pixels of 0 to 1, M x 3 x height x
+width, or latents, M x C x ..., as `Codec.normalised` returns them."""
+CONTROL_ROWS = "control_rows"
+"""Condition that names the rows of `CONTROL` among all N: int64, M; where it is missing, they are all."""
+CONTROL_SCALE = "control_scale"
+"""Condition that tells how much a ControlNet's output counts: float32, M; where it is missing, 1."""
+UNUSED = ("attn.add_q_proj", "attn.to_add_out", "ff_context")
+"""Layers of a transformer's last block that only make the stream of captions, which ends there."""
 
 
 class Control:
@@ -24,7 +33,6 @@ class Control:
         num_layers: names of its options that count blocks, with the usual number of each; empty: it has all
             blocks of the first half of a UNet.
         num_spared: number of the denoiser's last blocks, which have another form and are not copied.
-        unused: layers of its last block that do not reach the prediction; no `num_layers`: none.
         draws_first: whether diffusers' pipeline draws noise for the control image's posterior, from the
             generator of the picture, before the picture's own noise.
     """
@@ -38,12 +46,11 @@ class Control:
         fixed: Settings | None = None,
         num_layers: dict[str, int] | None = None,
         num_spared: int = 0,
-        unused: Sequence[str] = (),
         draws_first: bool = False,
     ) -> None:
         self.pipeline_class, self.network_class, self.form = pipeline_class, network_class, form
         self.fixed, self.num_layers = fixed or {}, num_layers or {}
-        self.num_spared, self.unused, self.draws_first = num_spared, tuple(unused), draws_first
+        self.num_spared, self.draws_first = num_spared, draws_first
 
     def network(self, denoiser: Denoiser, num_layers: int | None = None) -> Component:
         """Return a ControlNet that begins as a copy of a denoiser's first blocks and changes nothing yet.
@@ -91,12 +98,12 @@ class Control:
 
     def unused_layers(self, network: Component) -> tuple[str, ...]:
         """Return the names of a ControlNet's layers that do not reach the prediction."""
-        last = (
-            max((int(name) for name, _ in network.transformer_blocks.named_children()), default=-1)
-            if (self.unused)
-            else -1
-        )
-        return tuple(f"transformer_blocks.{last}.{layer}" for layer in self.unused)
+        blocks = getattr(network, "transformer_blocks", ())
+        if not len(blocks) or len(getattr(network, "single_transformer_blocks", ())):
+            return ()
+        last = f"transformer_blocks.{len(blocks) - 1}"
+        names = {name for name, _ in network.named_modules()}
+        return tuple(name for layer in UNUSED if (name := f"{last}.{layer}") in names)
 
     def pipeline(self, pipeline: Pipeline, network: Component) -> Pipeline:
         """Return diffusers' pipeline of a base and a ControlNet; it has the base's own components."""
@@ -111,14 +118,39 @@ class Control:
         return found
 
     @property
+    def image_argument(self) -> str:
+        """Name of the control image among the arguments of diffusers' pipeline."""
+        return "image" if self.form == "pixels" else "control_image"
+
+    @property
     def _class(self) -> Any:
         import diffusers
 
         return getattr(diffusers, self.network_class)
 
 
-def scaled(outputs: Sequence[torch.Tensor], scale: torch.Tensor | None) -> list[torch.Tensor]:
-    """Return a ControlNet's outputs, N x ..., times the scale of each row, float32, N; None: 1."""
-    if scale is None:
-        return list(outputs)
-    return [(each * per_row(scale, each)).to(each.dtype) for each in outputs]
+T = TypeVar("T", torch.Tensor, torch.Tensor | None)
+
+
+def of_controlled(conditions: Mapping[str, torch.Tensor], tensor: T) -> T:
+    """Return the rows, of N x ..., that a ControlNet steers: M x ..., or None of None."""
+    rows = conditions.get(CONTROL_ROWS)
+    return tensor if rows is None or tensor is None else tensor[rows]
+
+
+def added(
+    outputs: Sequence[torch.Tensor], conditions: Mapping[str, torch.Tensor], count: int
+) -> list[torch.Tensor]:
+    """Return what a ControlNet adds to a denoiser in each of `count` rows, 0 where it does not steer them.
+
+    Args:
+        outputs: of the ControlNet, each M x ...
+    """
+    rows, scale = conditions.get(CONTROL_ROWS), conditions.get(CONTROL_SCALE)
+    found = []
+    for output in outputs:
+        scaled = output if scale is None else (output * per_row(scale, output)).to(output.dtype)
+        if rows is not None:
+            scaled = scaled.new_zeros(count, *scaled.shape[1:]).index_copy(0, rows, scaled)
+        found.append(scaled)
+    return found

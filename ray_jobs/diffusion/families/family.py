@@ -22,14 +22,9 @@ Conditions = dict[str, torch.Tensor]
 These are the columns of `Text.embeds`, the family's `picture_conditions`, and `guidance` (float32, N) for
 denoisers that take the guidance scale as an input. Reference pictures are `reference_0`, `reference_1`, ...:
 their latents, N x C x ..., clean, as `Codec.normalised` returns them; see `references_of`. Of families that
-paint masks there are `MASKED` and `MASK_PIXELS`, and for flow maps `NEXT_TIMESTEP` while they sample. A
-ControlNet looks at `CONTROL`, if it is there.
+paint masks there are `MASKED` and `MASK_PIXELS`, and for flow maps `NEXT_TIMESTEP` while they sample. For a
+ControlNet there are those of `control`.
 """
-CONTROL = "control"
-"""What a ControlNet looks at, N x ..., as `Control.form` says: pixels of 0 to 1, N x 3 x height x width, or
-latents, N x C x ..., as `Codec.normalised` returns them."""
-CONTROL_SCALE = "control_scale"
-"""How much a ControlNet's output counts in each row: float32, N; where it is missing, 1."""
 NEXT_TIMESTEP = "next_timestep"
 """The timesteps at which each row's step ends: float32, N, 0 for the last step."""
 MASKED = "masked"

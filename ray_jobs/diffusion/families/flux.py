@@ -8,11 +8,9 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from ray_jobs.diffusion.families import tiny
 from ray_jobs.diffusion.families.codec import Codec
-from ray_jobs.diffusion.families.control import CONTROLNET, Control, scaled
+from ray_jobs.diffusion.families.control import CONTROL, CONTROLNET, Control, added, of_controlled
 from ray_jobs.diffusion.families.family import (
     CLIP_ATTENTION,
-    CONTROL,
-    CONTROL_SCALE,
     MMDIT_ATTENTION,
     Components,
     Conditions,
@@ -92,9 +90,7 @@ class FluxFamily(Family):
         grid: tuple[int, int],
         timesteps: torch.Tensor,
         embeds: torch.Tensor,
-        references: Sequence[torch.Tensor] = (),
-        control: torch.Tensor | None = None,
-        control_scale: torch.Tensor | None = None,
+        conditions: Conditions,
         **inputs: torch.Tensor | None,
     ) -> torch.Tensor:
         """Return the transformer's prediction, in the shape of the latents.
@@ -103,28 +99,28 @@ class FluxFamily(Family):
             tokens, grid: from `to_tokens`.
             timesteps: N, as for `denoise`.
             embeds: T5's embeddings, N x tokens x width.
-            references: latents of reference pictures, see `references_of`; their tokens follow.
-            control, control_scale: what a ControlNet looks at, and how much its output counts.
+            conditions: reference pictures, whose tokens follow, and what a ControlNet looks at, if there are
+                any.
             inputs: further inputs of the transformer, by diffusers' names.
         """
         places = [positions(*grid, tokens.device)]
         texts = torch.zeros(embeds.shape[1], 3, device=tokens.device)
         timesteps = timesteps / 1000  # the transformer multiplies it by 1000 again
-        added: dict[str, list[torch.Tensor] | None] = {}
-        if control is not None:
+        control: dict[str, list[torch.Tensor] | None] = {}
+        if CONTROL in conditions:
+            named = {"encoder_hidden_states": embeds, "timestep": timesteps, **inputs}
             outputs = model[CONTROLNET](
-                tokens,
-                to_tokens(control)[0],
-                encoder_hidden_states=embeds,
-                timestep=timesteps,
+                of_controlled(conditions, tokens),
+                to_tokens(conditions[CONTROL])[0],
                 img_ids=places[0],
                 txt_ids=texts,
                 return_dict=False,
-                **inputs,
+                **{name: of_controlled(conditions, each) for name, each in named.items()},
             )
             names = ("controlnet_block_samples", "controlnet_single_block_samples")
-            added = {n: each and scaled(each, control_scale) for n, each in zip(names, outputs, strict=True)}
-        further = [to_tokens(latents) for latents in references]
+            of_each = (each and added(each, conditions, len(tokens)) for each in outputs)
+            control = dict(zip(names, of_each, strict=True))
+        further = [to_tokens(latents) for latents in references_of(conditions)]
         places += [positions(*of, tokens.device, picture=n) for n, (_, of) in enumerate(further, start=1)]
         predicted = model["transformer"](
             torch.cat([tokens, *(each for each, _ in further)], dim=1),
@@ -133,7 +129,7 @@ class FluxFamily(Family):
             img_ids=torch.cat(places),
             txt_ids=texts,
             return_dict=False,
-            **added,
+            **control,
             **inputs,
         )[0]
         return from_tokens(predicted[:, : tokens.shape[1]], grid)
@@ -168,9 +164,7 @@ class Flux(FluxFamily):
             *to_tokens(latents),
             timesteps,
             conditions["prompt_embeds"],
-            references_of(conditions),
-            conditions.get(CONTROL),
-            conditions.get(CONTROL_SCALE),
+            conditions,
             pooled_projections=conditions["pooled_prompt_embeds"],
             guidance=guidance,
         )

@@ -7,11 +7,9 @@ from torch.nn.functional import pad
 
 from ray_jobs.diffusion.families import tiny
 from ray_jobs.diffusion.families.codec import Codec
-from ray_jobs.diffusion.families.control import CONTROLNET, Control, scaled
+from ray_jobs.diffusion.families.control import CONTROL, CONTROLNET, Control, added, of_controlled
 from ray_jobs.diffusion.families.family import (
     CLIP_ATTENTION,
-    CONTROL,
-    CONTROL_SCALE,
     MMDIT_ATTENTION,
     Components,
     Conditions,
@@ -24,7 +22,6 @@ from ray_jobs.diffusion.families.text import Captions, Encoders, Text
 from ray_jobs.diffusion.protocols import Denoiser, Pipeline, Settings
 
 T5_TOKENS = 256
-UNUSED_IN_CONTROL = ("attn.to_add_out", "ff_context")  # of a ControlNet's last block
 PUBLISHED_LAYERS = {
     "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "x_block.attn.proj": ("attn.to_out.0",),
@@ -106,7 +103,6 @@ class StableDiffusion3(Family):
         fixed={"extra_conditioning_channels": 0, "force_zeros_for_pooled_projection": False},
         num_layers={"num_layers": 12},
         num_spared=1,  # without a stream of texts behind it
-        unused=UNUSED_IN_CONTROL,
     )
 
     def denoise(
@@ -121,13 +117,17 @@ class StableDiffusion3(Family):
             "encoder_hidden_states": embeds,
             "pooled_projections": conditions["pooled_prompt_embeds"],
             "timestep": timesteps,
-            "return_dict": False,
         }
-        added = None
+        control = None
         if CONTROL in conditions:
-            [outputs] = model[CONTROLNET](latents, conditions[CONTROL], **inputs)
-            added = scaled(outputs, conditions.get(CONTROL_SCALE))
-        return denoiser(latents, block_controlnet_hidden_states=added, **inputs)[0]
+            [outputs] = model[CONTROLNET](
+                of_controlled(conditions, latents),
+                conditions[CONTROL],
+                return_dict=False,
+                **{name: of_controlled(conditions, each) for name, each in inputs.items()},
+            )
+            control = added(outputs, conditions, len(latents))
+        return denoiser(latents, block_controlnet_hidden_states=control, return_dict=False, **inputs)[0]
 
     def published_layer(self, layer: str, denoiser: Settings) -> Published | None:
         return renamed(layer, PUBLISHED_LAYERS, {"transformer_blocks": "joint_blocks"})

@@ -8,8 +8,8 @@ from torch import nn
 
 from ray_jobs.diffusion.families.checkpoints import Tensors, autoencoder_checkpoint, unet_checkpoint
 from ray_jobs.diffusion.families.codec import Codec
-from ray_jobs.diffusion.families.control import CONTROLNET, scaled
-from ray_jobs.diffusion.families.family import CONTROL, CONTROL_SCALE, Components, Conditions, Family
+from ray_jobs.diffusion.families.control import CONTROL, CONTROLNET, added, of_controlled
+from ray_jobs.diffusion.families.family import Components, Conditions, Family
 from ray_jobs.diffusion.families.noise_schedule import VariancePreserving
 from ray_jobs.diffusion.protocols import Denoiser, Pipeline, Settings
 
@@ -45,15 +45,16 @@ class UNetFamily(Family):
         """Return what a ControlNet adds to the UNet's skips and to its middle; None each without one."""
         if CONTROL not in conditions:
             return None, None
+        further = self.added_conditions(conditions) or {}
         down, middle = model[CONTROLNET](
-            latents,
-            timesteps,
-            encoder_hidden_states=conditions["prompt_embeds"],
+            of_controlled(conditions, latents),
+            of_controlled(conditions, timesteps),
+            encoder_hidden_states=of_controlled(conditions, conditions["prompt_embeds"]),
             controlnet_cond=conditions[CONTROL],
-            added_cond_kwargs=self.added_conditions(conditions),
+            added_cond_kwargs={name: of_controlled(conditions, each) for name, each in further.items()},
             return_dict=False,
         )
-        *skips, last = scaled([*down, middle], conditions.get(CONTROL_SCALE))
+        *skips, last = added([*down, middle], conditions, len(latents))
         return skips, last
 
     def recomputed_blocks(self, denoiser: nn.Module) -> list[nn.Module]:
