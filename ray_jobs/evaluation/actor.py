@@ -37,6 +37,7 @@ from ray_jobs.metrics.control import DISAGREEMENT
 from ray_jobs.metrics.copies import CopyDetector, DetectorFacts
 from ray_jobs.metrics.corrected import Correction
 from ray_jobs.metrics.edits import OUTSIDE, outside_change
+from ray_jobs.metrics.preference import PreferenceModel
 from ray_jobs.metrics.resampling import PairedDifference
 from ray_jobs.registry.models import TEST_FEATURES
 from ray_jobs.run.records import CONTROL, FID, PREFERENCE, Measurement
@@ -373,10 +374,18 @@ class Evaluator:
         return self._losses[split].of_rows(pipeline).tolist()
 
     def _features(
-        self, batches: "Iterator[torch.Tensor]", by: NetworkSet, captions: Sequence[str] = ()
+        self,
+        batches: "Iterator[torch.Tensor]",
+        by: NetworkSet,
+        captions: Sequence[str] = (),
+        before: Sequence[bytes] = (),
     ) -> Features:
-        """Features of pictures in batches, and with their captions the rewards of the reward model."""
-        networks, texts = self.networks.of(by), iter(captions)
+        """Features of pictures in batches, and with their captions the rewards of the reward model.
+
+        Args:
+            before: PNGs that edits begin with.
+        """
+        networks, texts, first = self.networks.of(by), iter(captions), iter(before)
         is_judged = captions and by in (NetworkSet.RANKING, NetworkSet.ALL)
         judge = self.networks.preference if is_judged else None
         found: dict[str, list[np.ndarray]] = {network.identity: [] for network in networks}
@@ -384,8 +393,8 @@ class Evaluator:
             for network in networks:
                 found[network.identity].append(network.features(batch).numpy())
             if judge:
-                rewards = judge.rewards(batch, list(islice(texts, len(batch))))
-                found.setdefault(judge.identity, []).append(rewards.numpy())
+                rewards = _judged(judge, batch, texts, first)
+                found.setdefault(judge.identity, []).append(rewards)
         return {identity: np.concatenate(parts) for identity, parts in found.items()}
 
     @replaced_if_broken()
@@ -421,7 +430,8 @@ class Evaluator:
             batches = _compared(batches, rows, changes)
         if self.conditioner and any(row.control for row in rows):
             batches = _following(batches, rows, self.conditioner, apart)
-        found = self._features(batches, by, captions)
+        before = [row.references[0] for row in rows if row.references]
+        found = self._features(batches, by, captions, before)
         for name, values in ((OUTSIDE, changes), (DISAGREEMENT, apart)):
             if values:
                 found[name] = np.array(values, np.float32)[:, None]
@@ -476,14 +486,15 @@ class Evaluator:
         return self._features(stacked, by)
 
     @replaced_if_broken()
-    def rewards(self, pictures: list[bytes], captions: list[str]) -> np.ndarray:
-        """Rewards of pictures (PNG bytes) for their captions, by the reward model: float32, N x 1."""
-        judge, texts = self.networks.preference, iter(captions)
+    def rewards(self, pictures: list[bytes], captions: list[str], before: Sequence[bytes] = ()) -> np.ndarray:
+        """Rewards of pictures (PNG bytes) for their captions, by the reward model: float32, N x 1.
+
+        Args:
+            before: PNGs that edits begin with.
+        """
+        judge, texts, first = self.networks.preference, iter(captions), iter(before)
         assert judge
-        parts = [
-            judge.rewards(batch, list(islice(texts, len(batch)))).numpy() for batch in self._stacked(pictures)
-        ]
-        return np.concatenate(parts)
+        return np.concatenate([_judged(judge, batch, texts, first) for batch in self._stacked(pictures)])
 
     def _stacked(self, pictures: list[bytes]) -> "Iterator[torch.Tensor]":
         """Yield PNGs in batches of one shape, in their order: uint8, N x 3 x H x W."""
@@ -652,6 +663,18 @@ def _following(
         controls = torch.stack(list(islice(given, len(batch))))
         apart += conditioner.disagreement(batch, controls).tolist()
         yield batch
+
+
+def _judged(
+    judge: PreferenceModel, batch: "torch.Tensor", texts: Iterator[str], before: Iterator[bytes]
+) -> np.ndarray:
+    """Return the rewards of a batch of pictures for the next texts, float32, N x 1.
+
+    Args:
+        before: PNGs that edits begin with; read only by a model that looks at them.
+    """
+    shown = [_pixels(png)[:3] for png in islice(before, len(batch) if judge.sees_edits else 0)]
+    return judge.rewards(batch, list(islice(texts, len(batch))), shown).numpy()
 
 
 def _pixels(png: bytes) -> "torch.Tensor":

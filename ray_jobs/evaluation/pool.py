@@ -262,17 +262,23 @@ class EvaluatorPool:
             return {}
         model = str(ray.get(self.actors[0].preference_model.remote()))
         pictures, captions = [row["image"] for row in rows], [row["text"] for row in rows]
+        before = [row["references"][0] for row in rows if row["references"]]
 
         def judged() -> Features:
             shares = self._share([shape_of(picture) for picture in pictures])
             parts = [
-                actor.rewards.remote([pictures[i] for i in numbers], [captions[i] for i in numbers])
+                actor.rewards.remote(
+                    [pictures[i] for i in numbers],
+                    [captions[i] for i in numbers],
+                    [before[i] for i in numbers] if before else [],
+                )
                 for actor, numbers in shares
             ]
             found: list[Features] = [{model: each} for each in ray.get(parts)]
             return join(found, [numbers for _, numbers in shares])
 
-        return self._cached([model.encode(), *pictures, *(each.encode() for each in captions)], judged)
+        told = [model.encode(), *pictures, *(each.encode() for each in captions)]
+        return self._cached([*told, *before], judged)
 
     def _cached(self, told: Sequence[bytes], measure: Callable[[], Features]) -> Features:
         """Return what the storage has under the digest of what was measured, or measure and keep it."""

@@ -5,7 +5,9 @@ caption: the gap is 0 where both are liked as much, and lower is better, as of e
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch.nn.functional import normalize
@@ -42,12 +44,19 @@ class PreferenceModel(ABC):
     def modules(self) -> list[torch.nn.Module]:
         """The modules with its weights."""
 
+    sees_edits: ClassVar[bool] = False
+    """Whether it looks at the pictures before edits too."""
+
     @abstractmethod
-    def rewards(self, images: torch.Tensor, captions: list[str]) -> torch.Tensor:
+    def rewards(
+        self, images: torch.Tensor, captions: list[str], before: Sequence[torch.Tensor] = ()
+    ) -> torch.Tensor:
         """Judge each picture for its caption; more is better.
 
         Args:
             images: uint8, N x 3 x H x W.
+            before: of edits, whose captions are instructions, the N pictures that they begin with, each
+                uint8, 3 x h x w; a model that does not look at them judges by the instruction alone.
 
         Returns:
             float32, N x 1, on the CPU.
@@ -80,7 +89,9 @@ class ClipPreference(PreferenceModel):
     def modules(self) -> list[torch.nn.Module]:
         return self.clip.modules
 
-    def rewards(self, images: torch.Tensor, captions: list[str]) -> torch.Tensor:
+    def rewards(
+        self, images: torch.Tensor, captions: list[str], before: Sequence[torch.Tensor] = ()
+    ) -> torch.Tensor:
         given = self.clip.features(images), self.clip.text_features(captions)
         pictures, texts = (normalize(each.double(), dim=1) for each in given)
         scale = float(self.clip.module.logit_scale.exp())

@@ -180,12 +180,15 @@ class CaptionInputs:
 
     Args:
         field: the setting that names the model, for errors.
+        pictures: of a chat model, the number of pictures before each prompt.
 
     Raises:
         ValueError: as for `check_captioner`.
     """
 
-    def __init__(self, settings: CaptioningConfig, folder: Path, field: str = FIELD) -> None:
+    def __init__(
+        self, settings: CaptioningConfig, folder: Path, field: str = FIELD, pictures: int = 1
+    ) -> None:
         self.kind, self.prompt = _kind(settings, folder, field), prompt_of(settings, folder)
         try:
             self.processor = _load_processor(folder)
@@ -198,10 +201,10 @@ class CaptionInputs:
             tokenizer.pad_token = tokenizer.eos_token
         self._options: dict[str, Any] = {}
         if self.kind == CHAT:
-            self._apply_template(settings, field)
+            self._apply_template(settings, field, pictures)
 
-    def _apply_template(self, settings: CaptioningConfig, field: str) -> None:
-        """Make the prompt a message with a picture, followed by the beginning of the answer."""
+    def _apply_template(self, settings: CaptioningConfig, field: str, pictures: int) -> None:
+        """Make the prompt a message with its pictures, followed by the beginning of the answer."""
         from transformers import ProcessorMixin
 
         template = self.processor.chat_template
@@ -210,7 +213,7 @@ class CaptionInputs:
                 f"{field}: {settings.model}: {type(self.processor).__name__} has no chat template; supported "
                 f"are {SUPPORTED}"
             )
-        content = [{"type": "image"}, {"type": "text", "text": self.prompt}]
+        content = [*[{"type": "image"}] * pictures, {"type": "text", "text": self.prompt}]
         # Of templates that know it: the answer is wanted without the thoughts.
         options = {"enable_thinking": False} if "enable_thinking" in str(template) else {}
         # SmolVLM's own method asks the processor of videos, which is not loaded.
@@ -230,9 +233,18 @@ class CaptionInputs:
         Args:
             texts: one for each picture in place of the prompt.
         """
-        images = [[picture] for picture in pictures] if self.kind == CHAT else list(pictures)
-        texts = list(texts) or [self.prompt] * len(pictures)
-        return self.processor(images=images, text=texts, padding=True, return_tensors="pt", **self._options)
+        return self.of([[each] for each in pictures] if self.kind == CHAT else list(pictures), texts)
+
+    def of(self, images: "Sequence[Sequence[Image.Image] | Image.Image]", texts: Sequence[str] = ()) -> Any:
+        """Return the same for N rows of a chat model with several pictures each.
+
+        Args:
+            images: a list for each row; of other models a picture.
+        """
+        texts = list(texts) or [self.prompt] * len(images)
+        return self.processor(
+            images=list(images), text=texts, padding=True, return_tensors="pt", **self._options
+        )
 
 
 def _load_processor(folder: Path) -> Any:

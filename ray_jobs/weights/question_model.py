@@ -1,7 +1,7 @@
 """A vision-language model as a judge of pictures: does a picture show what its caption says?"""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,14 +26,19 @@ if TYPE_CHECKING:
 
 ASKED = "CAPTION"
 QUESTION = f'Does this figure show "{ASKED}"? Please answer yes or no.'
+QUESTION_OF_EDITS = (
+    f'The second figure was made from the first one, by the instruction "{ASKED}". Does it show what the '
+    "instruction asks for? Please answer yes or no."
+)
 ANSWER = "Yes"
 
 
 class QuestionModel(PreferenceModel):
     """A chat model that is asked whether a picture shows its caption (VQAScore, arXiv 2404.01291).
 
-    The reward is the probability of "Yes" as the first token of the answer. The model computes in the
-    precision of its files.
+    The reward is the probability of "Yes" as the first token of the answer. Of an edit it is shown the
+    picture before too, and asked whether the instruction was followed. The model computes in the precision of
+    its files.
 
     Args:
         path: folder or hub name of a vision-language model with a chat template.
@@ -43,12 +48,16 @@ class QuestionModel(PreferenceModel):
         ValueError: as for `check_question_model`, or weights are missing in its files.
     """
 
+    sees_edits = True
+
     def __init__(self, path: str, device: str | torch.device = "cpu", *, revision: str | None = None) -> None:
         self.device, self.revision, self.path = torch.device(device), revision, path
         on_meta = self.device.type == "meta"
         settings = _settings(path, revision)
         self.folder = captioner_folder(settings, weights=not on_meta, field=FIELD)
         self.inputs = _inputs(settings, self.folder)
+        told = settings.model_copy(update={"prompt": QUESTION_OF_EDITS})
+        self.of_edits = CaptionInputs(told, self.folder, FIELD, pictures=2)
         if on_meta:
             self.module = empty_image_text_model(self.folder)
         else:
@@ -72,11 +81,17 @@ class QuestionModel(PreferenceModel):
         return [self.module]
 
     @torch.inference_mode()
-    def rewards(self, images: torch.Tensor, captions: list[str]) -> torch.Tensor:
+    def rewards(
+        self, images: torch.Tensor, captions: list[str], before: Sequence[torch.Tensor] = ()
+    ) -> torch.Tensor:
         require_pictures(images)
-        asked = [self.inputs.prompt.replace(ASKED, self._plain(each)) for each in captions]
+        kind = self.of_edits if before else self.inputs
+        asked = [kind.prompt.replace(ASKED, self._plain(each)) for each in captions]
+        shown = [[each] for each in _opened(images)]
+        if before:
+            shown = [[first, *edit] for first, edit in zip(_opened(before), shown, strict=True)]
         # The last token of every row, since rows are filled up at their beginning.
-        inputs = self.inputs(_opened(images), asked)
+        inputs = kind.of(shown, asked)
         logits = self.module(**inputs.to(self.device, self.module.dtype)).logits[:, -1]
         tokenizer = self.inputs.processor.tokenizer
         answer = tokenizer.encode(ANSWER, add_special_tokens=False)[0]
@@ -120,7 +135,7 @@ def _inputs(settings: CaptioningConfig, folder: Path) -> CaptionInputs:
     return inputs
 
 
-def _opened(images: torch.Tensor) -> "Sequence[Image.Image]":
+def _opened(images: Iterable[torch.Tensor]) -> "list[Image.Image]":
     from PIL import Image
 
     return [Image.fromarray(each.permute(1, 2, 0).cpu().numpy()) for each in images]
