@@ -14,7 +14,7 @@ from safetensors.numpy import save
 from cluster.storage import Storage
 from ray_jobs.config import ConfigError, EvaluateConfig, load_config
 from ray_jobs.data.feeding.dataset import Dataset
-from ray_jobs.evaluation.actor import Evaluator
+from ray_jobs.evaluation.actor import Evaluator, Shown
 from ray_jobs.evaluation.scores import Real, difference_by, more_scores, scores_of
 from ray_jobs.metrics.preference import check_clip_preference, load_clip_preference, preference_gap
 from ray_jobs.metrics.resampling import PairedDifference
@@ -234,7 +234,7 @@ def test_edits_are_judged_beside_their_targets_by_clip_and_by_a_chat_model(
     """As an evaluator does; CLIP judges by the instruction alone."""
     pictures = [encode_png(each.permute(1, 2, 0).numpy()) for each in noise(6, 64, 64)]
     before, targets = pictures[:3], pictures[3:]
-    rows = [([first], target) for first, target in zip(before, targets, strict=True)]
+    rows = [Shown([first], target) for first, target in zip(before, targets, strict=True)]
     base = write_model("FluxKontextPipeline", tmp_path / "base")
     for judge, sees in ((chat, True), (clip_folder, False)):
         settings = [
