@@ -18,8 +18,9 @@ from ray_jobs.data.control import check_control, control_digest
 from ray_jobs.data.curation.composition import compose
 from ray_jobs.data.curation.decisions import Decisions, decide
 from ray_jobs.data.curation.findings import examples, write_findings
+from ray_jobs.data.curation.growth import looked_at_before
 from ray_jobs.data.curation.photos import photo_faults
-from ray_jobs.data.curation.scan import Entry, entries, scan
+from ray_jobs.data.curation.scan import Entry, entries, missing_entries, scan
 from ray_jobs.data.encoding.captioning import (
     announce_captions,
     captioning_digest,
@@ -286,7 +287,9 @@ def examine(config: Config, sources: Sequence[Source], storage: Storage) -> tupl
     known = f"{sum(n for n in counts if n):,} captioned pictures" if all(counts) else f"{len(found)} pieces"
     say("prepare", f"{known} in {names}")
     index = storage.child(INDEX)
-    scan(sources, found, config.data, index, _progress("scanned"))
+    missing = missing_entries(found, index)
+    before = looked_at_before(sources, missing, config.data, storage)
+    scan(sources, missing, config.data, index, _progress("scanned"), before)
     decisions = decide(config, found, index, storage)
     write_findings(decisions, config, storage)
     return found, decisions
@@ -362,6 +365,11 @@ def _said_of_sources(config: Config, sources: Sequence[Source], decisions: Decis
     """Yield lines about how sources and captions are read, and about files that are not rows."""
     for source in sources:
         yield from source.notes
+    if (growth := decisions.growth) and (growth.new or growth.gone):
+        yield (
+            f"since the last run: {growth.new:,} pictures are new and {growth.gone:,} are gone; all others "
+            "keep their split"
+        )
     if decisions.left_out:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(decisions.left_out.items()))
         yield f"pictures that are not part of the set: {reasons}; rejected.jsonl lists them"

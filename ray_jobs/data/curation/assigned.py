@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.storage import Storage
-from ray_jobs.config import Config
+from ray_jobs.config import Config, ConfigError
 from ray_jobs.data.curation.copies import KNOWN, Block
 from ray_jobs.data.curation.rows import DIGEST, Rows, Run, digest_words
 from ray_jobs.data.curation.workers import Workers
@@ -40,7 +40,13 @@ def known_files(config: Config, dataset: Storage) -> list[str]:
 
 def read_known(dataset: Storage, file: str) -> Block:
     """Read the pictures in a file of assigned splits."""
-    table = pq.read_table(pa.BufferReader(dataset.read_bytes(file)))
+    try:
+        table = pq.read_table(pa.BufferReader(dataset.read_bytes(file)))
+    except (OSError, pa.ArrowException) as error:
+        raise ConfigError(
+            f"{dataset.uri}/{file}: the splits of an earlier run cannot be read "
+            f"({' '.join(str(error).split())}); restore the file, or remove {ASSIGNED} to assign all anew"
+        ) from None
     if table.schema.field("digest").type == pa.string():
         content = bytes.fromhex("".join(table["digest"].to_pylist()))
         digests = pa.FixedSizeBinaryArray.from_buffers(DIGEST, len(table), [None, pa.py_buffer(content)])

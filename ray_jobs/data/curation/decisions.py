@@ -59,6 +59,14 @@ class Matches:
 
 
 @dataclass(frozen=True)
+class Growth:
+    """How a dataset differs from what an earlier run kept: numbers of pictures."""
+
+    new: int
+    gone: int
+
+
+@dataclass(frozen=True)
 class Decisions:
     """Decisions on every row of the index, in index order.
 
@@ -81,6 +89,8 @@ class Decisions:
         num_of_lines: number of kept rows whose captions have several lines in their source.
         details: why rows are rejected of which neither the scan nor a threshold says it.
         num_written: number of kept rows with captions that a model wrote.
+        growth: how the pictures differ from those of an earlier run; None if there was none with these
+            settings.
     """
 
     rows: Rows
@@ -100,6 +110,7 @@ class Decisions:
     num_of_lines: int
     details: dict[int, str] = field(default_factory=dict)
     num_written: int = 0
+    growth: Growth | None = None
 
     @property
     def counts(self) -> np.ndarray:
@@ -164,7 +175,8 @@ def decide_rows(
     if data.folds:
         folds = _folds(config, rows, seen, alike, first, kept_first, held_out)
         folds[splits == SPLITS.index("test")] = 0
-    kept = reasons.are("")
+    kept, still = reasons.are(""), int((seen.known >= 0).sum())
+    growth = Growth(int(kept_first.sum()) - still, seen.num_known - still) if seen.num_known else None
     return Decisions(
         rows=rows,
         reasons=reasons,
@@ -181,6 +193,7 @@ def decide_rows(
         num_captions=count_captions(rows, kept, workers, partitions).different,
         num_repaired=int(((flags & REPAIRED) > 0)[kept].sum()),
         num_of_lines=int(((flags & OF_LINES) > 0)[kept].sum()),
+        growth=growth,
     )
 
 

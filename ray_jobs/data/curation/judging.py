@@ -60,7 +60,7 @@ COLUMNS = ["reason", "detail", "role", "stratum", "digest", "text_hash", "repair
 class Judge:
     """Judge a run, and deal its usable rows to the partitions in which equal pictures meet.
 
-    A file of pictures known from an earlier run is only dealt.
+    A file of pictures known from an earlier run is dealt, and their number returned.
     """
 
     config: Config
@@ -68,9 +68,10 @@ class Judge:
     dataset: Storage
     num_partitions: int
 
-    def __call__(self, item: Run | str) -> tuple[Judged | None, list[Block]]:
+    def __call__(self, item: Run | str) -> tuple[Judged | int, list[Block]]:
         if isinstance(item, str):
-            return None, deal(read_known(self.dataset, item), self.num_partitions)
+            block = read_known(self.dataset, item)
+            return len(block.rows), deal(block, self.num_partitions)
         return self._judge(item)
 
     def _judge(self, run: Run) -> tuple[Judged, list[Block]]:
@@ -108,6 +109,7 @@ class Seen:
     Attributes:
         reasons, flags, splits, folds, strata, histograms, no_pictures: of all runs, as in `Judged`.
         later, repeated: of all partitions, by row, as in `Copies`.
+        num_known: number of pictures that an earlier run kept, also of those that are gone.
         known: int8, for the first row of a picture that an earlier run kept, the number in SPLITS of its
             split; else -1.
     """
@@ -122,6 +124,7 @@ class Seen:
     later: np.ndarray
     repeated: np.ndarray
     known: np.ndarray
+    num_known: int
 
 
 def look_at(config: Config, rows: Rows, dataset: Storage, workers: Workers, num_partitions: int) -> Seen:
@@ -129,7 +132,7 @@ def look_at(config: Config, rows: Rows, dataset: Storage, workers: Workers, num_
     judge = Judge(config, rows.for_tasks(), dataset, num_partitions)
     items: list[Run | str] = [*rows.runs, *known_files(config, dataset)]
     found, partitions = workers.shuffle(judge, items, find_copies, num_partitions)
-    judged = [each for each in found if each is not None]
+    judged = [each for each in found if isinstance(each, Judged)]
     known, copies = np.full(len(rows), -1, np.int8), list[Copies]()
     for each in partitions:
         known[each.known[:, 0]] = each.known[:, 1]
@@ -150,6 +153,7 @@ def look_at(config: Config, rows: Rows, dataset: Storage, workers: Workers, num_
         _by_row([each.later for each in copies]),
         _by_row([each.repeated for each in copies]),
         known,
+        sum(each for each in found if isinstance(each, int)),
     )
 
 

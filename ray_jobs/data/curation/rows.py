@@ -20,12 +20,13 @@ from ray_jobs.config import ConfigError
 from ray_jobs.data.curation.scan import FILES_AT_ONCE, SCHEMA, Entry
 from ray_jobs.data.curation.workers import InProcess, RayTasks, Workers
 
-VERSION = 1  # version of the files' format; a change gathers anew
+VERSION = 2  # version of the files' format; a change gathers anew
+ROWS = "rows"
+IDENTITY = "identity"
 BYTES_A_RUN = 16 << 20  # of index files, about 100,000 rows
 MOST_RUNS = 1024  # with as many partitions, Ray has a million blocks to deal
 COUNTS = b"counts"  # key of the rows of each index file, in the metadata of a file of rows
 DIGEST = pa.binary(32)
-NO_DIGEST = bytes(32)  # of a row whose picture could not be read
 FIELDS = {field.name: field for field in SCHEMA} | {
     "digest": pa.field("digest", DIGEST),
     # Few different values: the numbers of these in a list.
@@ -87,7 +88,7 @@ class Rows:
     def read(self, low: int, high: int, columns: Sequence[str]) -> pa.Table:
         """Read columns of the rows `low` to `high` (exclusive)."""
         found = [
-            _mapped(self.storage, run.file, columns).slice(
+            read_rows(self.storage, run.file, columns).slice(
                 max(low - run.low, 0), min(high, run.high) - max(low, run.low)
             )
             for run in self.runs
@@ -109,7 +110,7 @@ class Rows:
         for run in self.runs:
             inside = numbers[(numbers >= run.low) & (numbers < run.high)]
             if len(inside):
-                found = _mapped(self.storage, run.file, columns).take(pa.array(inside - run.low))
+                found = read_rows(self.storage, run.file, columns).take(pa.array(inside - run.low))
                 tables.append(found)
         return pa.concat_tables([_plain(table) for table in tables])
 
@@ -119,6 +120,7 @@ def gather_rows(
     index: Storage,
     dataset: Storage,
     *,
+    folder: str = ROWS,
     bytes_a_run: int = BYTES_A_RUN,
     workers: Workers | None = None,
 ) -> Rows:
@@ -128,13 +130,14 @@ def gather_rows(
         entries: pieces of the sources, all scanned.
         index: folder of the index files.
         dataset: folder below which the files of rows lie.
+        folder: folder of these there.
         bytes_a_run: bytes of index files in a run, at least.
         workers: None: this process if there is one run, else Ray tasks.
 
     Raises:
         ConfigError: an index file is damaged.
     """
-    storage, files = dataset.child("rows"), [entry.file for entry in entries]
+    storage, files = dataset.child(folder), [entry.file for entry in entries]
     sizes, present = index.sizes(), set(storage.files())
     bytes_a_run = max(bytes_a_run, sum(sizes.get(file, 0) for file in files) // MOST_RUNS)
     runs, filled = list[list[str]](), bytes_a_run
@@ -158,7 +161,12 @@ def gather_rows(
 
 
 def _name(files: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join([str(VERSION), *files]).encode()).hexdigest()[:32] + ".arrow"
+    return f"v{VERSION}-{hashlib.sha256(chr(10).join(files).encode()).hexdigest()[:32]}.arrow"
+
+
+def files_of_rows(storage: Storage) -> list[str]:
+    """Return the files of rows in a folder, in the present format."""
+    return [file for file in storage.files() if file.startswith(f"v{VERSION}-")]
 
 
 @dataclass(frozen=True)
@@ -220,6 +228,13 @@ def short_hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
+def as_index(table: pa.Table) -> pa.Table:
+    """Return rows as the index has them."""
+    digests = ["" if digest == "0" * 64 else digest for digest in hex_digests(table)]
+    place = table.schema.get_field_index("digest")
+    return _plain(table.set_column(place, SCHEMA.field("digest"), pa.array(digests))).select(SCHEMA.names)
+
+
 def digest_words(table: pa.Table) -> np.ndarray:
     """Return the digests of rows: uint64, N x 4, in an order of words that sorts as the digests do."""
     return np.frombuffer(fixed_bytes(table["digest"], 32), ">u8").reshape(-1, 4).astype(np.uint64)
@@ -267,7 +282,7 @@ def _opened(storage: Storage, file: str) -> pa.NativeFile:
     return storage.open_input(file)
 
 
-def _mapped(storage: Storage, file: str, columns: Sequence[str]) -> pa.Table:
+def read_rows(storage: Storage, file: str, columns: Sequence[str] = tuple(FIELDS)) -> pa.Table:
     """Read columns of a file of rows; of a local one only the accessed part is loaded.
 
     Raises:

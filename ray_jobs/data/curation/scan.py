@@ -7,10 +7,10 @@ named after its dependencies, so that only the new part of a grown dataset or in
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -50,6 +50,7 @@ SCHEMA = pa.schema(
         ("colours", pa.binary(48)),
         ("further", pa.list_(pa.string())),  # digests of the files of references, the control image, the mask
         ("references", pa.list_(pa.list_(pa.int32()))),  # width and height of each
+        ("identity", pa.binary(16)),  # of what is listed of the row, and the scan's settings; null if unknown
     ]
 )
 
@@ -63,13 +64,18 @@ class Entry:
     file: str
 
 
-def entries(sources: Sequence[Source], config: DataConfig) -> list[Entry]:
-    """List all pieces in source order, with the names of their index files."""
+def scan_settings(sources: Sequence[Source], config: DataConfig) -> list[str]:
+    """Return what the scan of each source depends on beside its pieces."""
     settings = [VERSION, config.cleaning.max_pixels, config.background, config.column]
     settings += ["masks", WHITE] if config.has_masks else []
     settings += ["measured references"] if config.num_references else []
     settings += ["control"] if config.brings_control else []
-    scanned = [json.dumps([*settings, vars(source.captions), *source.further_columns]) for source in sources]
+    return [json.dumps([*settings, vars(source.captions), *source.further_columns]) for source in sources]
+
+
+def entries(sources: Sequence[Source], config: DataConfig) -> list[Entry]:
+    """List all pieces in source order, with the names of their index files."""
+    scanned = scan_settings(sources, config)
     return [
         Entry(
             number,
@@ -81,38 +87,94 @@ def entries(sources: Sequence[Source], config: DataConfig) -> list[Entry]:
     ]
 
 
+class Before(Protocol):
+    """Rows of a piece that an earlier scan looked at."""
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Their numbers in the piece, ascending: int32."""
+
+    def table(self) -> pa.Table:
+        """Read them, as the index has them."""
+
+
+@dataclass(frozen=True)
+class ScanPiece:
+    """Look at the pictures of a piece, but for those known from before, and write its index file.
+
+    Input: one row with an entry, and its `Before` or None. Output: the number of its rows.
+    """
+
+    readers: list[Source]
+    config: DataConfig
+    settings: list[str]  # of each source's scan
+    index: Storage
+
+    def __call__(self, row: RayRow) -> RayRow:
+        entry, before = row["entry"], row["before"]
+        tables = [before.table()] if before else []
+        wanted = _Others(set(before.rows.tolist())) if before else None
+        if before is None or len(before.rows) < entry.piece.num_rows:
+            reader = self.readers[entry.source]
+            rows = [scan_sample(sample, self.config) for sample in reader.read(entry.piece, wanted)]
+            if entry.piece.has_identities and reader.captions.lines != "each":
+                identities = scan_identities(entry.piece, self.settings[entry.source])
+                rows = [each | {"identity": identities[int(str(each["row"]))]} for each in rows]
+            tables.append(pa.Table.from_pylist(rows, schema=SCHEMA))
+        table = pa.concat_tables(tables).sort_by("row")
+        content = io.BytesIO()
+        pq.write_table(table, content)
+        self.index.write_bytes(entry.file, content.getvalue())
+        return {"rows": len(table)}
+
+
+@dataclass(frozen=True)
+class _Others:
+    """All rows but some."""
+
+    known: set[int]
+
+    def __contains__(self, row: object) -> bool:
+        return row not in self.known
+
+
+def scan_identities(piece: Piece, settings: str) -> list[bytes]:
+    """Return the identity of what a scan with these settings finds of each row of a piece."""
+    start = settings.encode()
+    return [hashlib.sha256(start + each).digest()[:16] for each in piece.identities()]
+
+
+def missing_entries(found: Sequence[Entry], index: Storage) -> list[Entry]:
+    """Return the entries without an index file."""
+    present = set(index.files())
+    return [entry for entry in found if entry.file not in present]
+
+
 def scan(
     sources: Sequence[Source],
-    found: Sequence[Entry],
+    missing: Sequence[Entry],
     config: DataConfig,
     index: Storage,
     progress: Callable[[int], None],
+    before: "Mapping[str, Before] | None" = None,
 ) -> None:
     """Write the missing index files by Ray Data tasks, one per piece.
 
     Args:
-        found: result of `entries`.
+        missing: result of `missing_entries`.
         progress: callback that receives the number of rows after each piece.
+        before: by index file, its rows that an earlier scan looked at.
     """
     import ray.data
 
-    present = set(index.files())
-    missing = [entry for entry in found if entry.file not in present]
     if not missing:
         return
-    readers = [source.reader() for source in sources]
-
-    def scan_piece(row: RayRow) -> RayRow:
-        entry = row["entry"]
-        rows = [scan_sample(s, config) for s in readers[entry.source].read(entry.piece)]
-        index.write_bytes(entry.file, _parquet(rows))
-        return {"rows": len(rows)}
-
-    items = [{"entry": entry} for entry in missing]
-    done = 0
-    for row in (
-        ray.data.from_items(items, override_num_blocks=min(len(items), 1024)).map(scan_piece).iter_rows()
-    ):
+    scan_piece = ScanPiece(
+        [source.reader() for source in sources], config, scan_settings(sources, config), index
+    )
+    items = [{"entry": entry, "before": (before or {}).get(entry.file)} for entry in missing]
+    blocks, done = min(len(items), 1024), 0
+    for row in ray.data.from_items(items, override_num_blocks=blocks).map(scan_piece).iter_rows():
         done += row["rows"]
         progress(done)
 
@@ -196,12 +258,6 @@ def _check_mask(mask: Picture, picture: Picture) -> None:
     # Masks that are nowhere white hold numbers of classes, as 0 and 1, or colours.
     if (brightest := int(np.asarray(mask.image.convert("L")).max())) < WHITE:
         raise Rejected("empty_mask", f"the mask's brightest pixel has {brightest} of 255")
-
-
-def _parquet(rows: Iterable[dict[str, object]]) -> bytes:
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), buffer)
-    return buffer.getvalue()
 
 
 def read_index(index: Storage, files: Sequence[str], columns: Sequence[str]) -> Iterator[pa.Table]:

@@ -32,6 +32,7 @@ from ray_jobs.data.sources.captions import caption_rules, clip_text
 from ray_jobs.data.sources.detection import Source
 
 CAPTIONS = "captions.jsonl"
+CAPTIONED = "captioned_rows"  # folder of the rows with these captions
 EDITED = "edited"  # key of a corrected line
 LINE_OF_CAPTION = re.compile(r": line \d+$")  # see `Source`: in the name of a row that has one of several
 
@@ -183,7 +184,7 @@ def write_captions(
             f"{cut:,} written captions are as long as data.captioning.max_tokens allows "
             f"({config.data.captioning.max_tokens}), and may end within a sentence",
         )
-    return entries, applied.decisions(decisions, gather_rows(entries, index, dataset))
+    return entries, applied.decisions(decisions, gather_rows(entries, index, dataset, folder=CAPTIONED))
 
 
 def composed(settings: CaptioningConfig, text: str) -> str:

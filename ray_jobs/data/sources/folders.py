@@ -1,5 +1,6 @@
 """Folders of picture files as a source, including those with captions in separate text files."""
 
+import hashlib
 import os
 import posixpath
 import re
@@ -20,7 +21,7 @@ from ray_jobs.data.sources.samples import (
     Source,
     check_caption,
     decode_caption,
-    fingerprint,
+    fingerprint_of,
     incomplete,
     legible,
 )
@@ -54,16 +55,26 @@ SCHEMA = pa.schema(
     ]
 )
 
+IDENTIFIED = SCHEMA.append(pa.field("identity", pa.binary(16)))
+
 
 @dataclass(frozen=True)
 class Rows(Piece):
     """Up to ROWS_A_PIECE pictures, as Arrow data."""
 
-    batch: Batch  # with SCHEMA
+    batch: Batch  # with SCHEMA, and the identity of each row
 
     @property
     def rows(self) -> pa.RecordBatch:
-        return self.batch.read()
+        return self.batch.read().select(SCHEMA.names)
+
+    @property
+    def has_identities(self) -> bool:
+        return True
+
+    def identities(self) -> list[bytes]:
+        found: list[bytes] = self.batch.read()["identity"].to_pylist()
+        return found
 
 
 @dataclass(frozen=True)
@@ -222,18 +233,27 @@ def folder_of_rows(listing: Listing, rows: Iterable[Row], label: str) -> Folder:
             return file_stamp(f"{listing.folder}/{inside}")  # behind a link, or missing
         return found or listing.files.get(inside or "")
 
-    remaining, pieces, count, file = iter(rows), list[Piece](), 0, BatchFile(SCHEMA)
+    start = f"'folder', {listing.folder!r}"
+    remaining, pieces, count, file = iter(rows), list[Piece](), 0, BatchFile(IDENTIFIED)
     while batch := list(islice(remaining, ROWS_A_PIECE)):
-        stamps = [(stamp(row.file_name), stamp(row.text_file), *map(stamp, row.further)) for row in batch]
+        stamps = [
+            repr((stamp(row.file_name), stamp(row.text_file), *map(stamp, row.further))) for row in batch
+        ]
         # As in releases without further pictures, where there are none.
-        told = [tuple(row) if row.further else tuple(row)[:-1] for row in batch]
-        digest = fingerprint("folder", listing.folder, told, stamps)
+        told = [repr(tuple(row) if row.further else tuple(row)[:-1]) for row in batch]
+        digest = fingerprint_of(f"({start}, [{', '.join(told)}], [{', '.join(stamps)}])")
+        identities = [
+            hashlib.sha256(f"{start}{row}{files}".encode()).digest()[:16]
+            for row, files in zip(told, stamps, strict=True)
+        ]
         columns = [
             pa.array(column, field.type)
-            for column, field in zip(zip(*batch, strict=True), SCHEMA, strict=True)
+            for column, field in zip([*zip(*batch, strict=True), identities], IDENTIFIED, strict=True)
         ]
         name = f"{label} {count + 1}-{count + len(batch)}"
-        pieces.append(Rows(len(pieces), name, digest, file.set_down(pa.record_batch(columns, schema=SCHEMA))))
+        pieces.append(
+            Rows(len(pieces), name, digest, file.set_down(pa.record_batch(columns, schema=IDENTIFIED)))
+        )
         count += len(batch)
     return Folder(listing.name, count, pieces, listing.filesystem, listing.folder)
 

@@ -54,6 +54,20 @@ class Piece:
     name: str  # for messages
     digest: str  # sha256, hexadecimal; differs if the output of `read` may have changed
 
+    @property
+    def has_identities(self) -> bool:
+        """Whether its rows can be recognised in another piece."""
+        return False
+
+    def identities(self) -> list[bytes]:
+        """Return what identifies each row without reading it; other if its sample may have changed."""
+        return []
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows, of a piece with identities."""
+        return len(self.identities())
+
 
 @dataclass(frozen=True)
 class LeftOut(Piece):
@@ -155,7 +169,12 @@ def last_wanted(wanted: Container[int] | None) -> int | None:
 
 def fingerprint(*parts: object) -> str:
     """SHA-256 of plain values, in hexadecimal."""
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+    return fingerprint_of(repr(parts))
+
+
+def fingerprint_of(text: str) -> str:
+    """SHA-256 of the representation of plain values, in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def legible(text: str) -> str:
