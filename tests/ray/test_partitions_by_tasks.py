@@ -37,7 +37,8 @@ def test_tasks_decide_as_one_process_does(ray_cluster: LocalCluster, tmp_path: P
     config, index = configured("data.folds=3"), Storage.open(str(tmp_path / "index"))
     entries = in_files(index, [row for seed in range(8) for row in drawn(seed)], 0)
     found = []
-    for name, workers in {"process": InProcess(), "tasks": RayTasks(at_once=2)}.items():
+    ways: dict[str, Workers] = {"process": InProcess(), "tasks": RayTasks(at_once=2)}
+    for name, workers in ways.items():
         dataset = Storage.open(str(tmp_path / name))
         rows = gather_rows(entries, index, dataset, bytes_a_run=1, workers=workers)
         assert len(rows.runs) == len(entries)
