@@ -2,8 +2,7 @@
 
 import os
 import signal
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cluster.local import LocalCluster
@@ -16,21 +15,6 @@ from ray_jobs.data.curation.workers import InProcess, RayTasks, Workers
 from ray_jobs.data.encoding.outlines import outline
 from ray_jobs.data.encoding.plan import Planner, chunks
 from tests.unit.test_partitions import configured, drawn, in_files
-
-
-@dataclass(frozen=True)
-class Dying:
-    """Find copies; the first call kills its process."""
-
-    marker: str
-
-    def __call__(self, blocks: Sequence[Block]) -> Copies:
-        try:
-            with open(self.marker, "x"):
-                os.kill(os.getpid(), signal.SIGKILL)
-        except FileExistsError:
-            pass
-        return find_copies(blocks)
 
 
 def test_tasks_decide_as_one_process_does(ray_cluster: LocalCluster, tmp_path: Path) -> None:
@@ -59,10 +43,18 @@ def test_a_partition_whose_process_is_killed_is_joined_again(
     rows = gather_rows(entries, index, dataset, bytes_a_run=1, workers=InProcess())
     judge, marker = Judge(config, rows.for_tasks(), dataset, 4), tmp_path / "killed"
 
-    def joined(workers: Workers, find: object) -> list[list[list[int]]]:
-        assert callable(find)
+    def dying(blocks: Sequence[Block]) -> Copies:
+        """Find copies; the first call kills its process."""
+        try:
+            marker.touch(exist_ok=False)
+            os.kill(os.getpid(), signal.SIGKILL)
+        except FileExistsError:
+            pass
+        return find_copies(blocks)
+
+    def joined(workers: Workers, find: Callable[[Sequence[Block]], Copies]) -> list[list[list[int]]]:
         copies = list(workers.shuffle(judge, rows.runs, find, 4)[1])
         return [sorted(each.later.tolist()) + sorted(each.repeated.tolist()) for each in copies]
 
-    assert joined(RayTasks(), Dying(str(marker))) == joined(InProcess(), find_copies)
+    assert joined(RayTasks(), dying) == joined(InProcess(), find_copies)
     assert marker.exists()

@@ -114,7 +114,7 @@ class ScanPiece:
         entry, before = row["entry"], row["before"]
         tables = [before.table()] if before else []
         wanted = _Others(set(before.rows.tolist())) if before else None
-        if before is None or len(before.rows) < entry.piece.num_rows:
+        if before is None or len(before.rows) < len(entry.piece.identities()):
             reader = self.readers[entry.source]
             rows = [scan_sample(sample, self.config) for sample in reader.read(entry.piece, wanted)]
             if entry.piece.has_identities and reader.captions.lines != "each":

@@ -63,11 +63,6 @@ class Piece:
         """Return what identifies each row without reading it; other if its sample may have changed."""
         return []
 
-    @property
-    def num_rows(self) -> int:
-        """Number of rows, of a piece with identities."""
-        return len(self.identities())
-
 
 @dataclass(frozen=True)
 class LeftOut(Piece):
