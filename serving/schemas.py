@@ -172,6 +172,13 @@ class ImageRequest(BaseModel):
         "safety_identifier is accepted too.",
     )
 
+    webhook_url: str | None = Field(
+        None,
+        max_length=2000,
+        pattern=r"^https?://\S+$",
+        description="Address at which the end of a job is announced; requires Prefer: respond-async.",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _drop_neutral_fields(cls, body: object) -> object:

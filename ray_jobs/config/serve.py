@@ -146,6 +146,14 @@ class ServeConfig(Section):
         pattern=r"^https?://[^\s?#]+$",
         description="address of the endpoint in answers, behind a proxy; empty: as the client reached it",
     )
+    max_jobs: Positive = Field(
+        100, description="maximum open jobs of a key, of requests that prefer to be answered later"
+    )
+    job_minutes: Positive = Field(60, description="maximum duration of drawing a job")
+    job_hours: Positive = Field(24, description="how long a job and its result are kept after its end")
+    private_webhooks: bool = Field(
+        False, description="also announce jobs at private addresses, such as those of the own network"
+    )
     max_body_mb: Positive = Field(16, description="maximum size of a request body, in MiB")
 
     keys: str | None = Field(None, description="file of API keys, made by python -m serving.keys")

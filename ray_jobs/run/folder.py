@@ -95,6 +95,11 @@ class RunFolder:
         return self.root.child("pictures")
 
     @property
+    def jobs(self) -> Storage:
+        """Pictures and results of requests that are answered later."""
+        return self.root.child("jobs")
+
+    @property
     def autoencoder(self) -> Storage:
         """Trained autoencoder of a new base model."""
         return self.root.child("autoencoder")

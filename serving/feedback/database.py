@@ -110,6 +110,25 @@ secrets = Table(
     Column("value", LargeBinary, nullable=False),
 )
 
+# Requests that are answered later; see `job_store.JobRecord`.
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", ID, primary_key=True),
+    Column("created", Double, nullable=False),
+    Column("key_id", Text, nullable=False),
+    Column("kind", String(16), nullable=False),
+    Column("state", String(16), nullable=False, index=True),
+    Column("request", Text, nullable=False),
+    Column("num_images", Integer, nullable=False),
+    Column("has_mask", SmallInteger, nullable=False),
+    Column("base_url", Text, nullable=False),
+    Column("webhook_url", Text),
+    Column("error", Text),
+    Column("finished", Double),
+    Column("notified", SmallInteger, nullable=False),
+)
+
 # By the version that they lead to; both databases support these statements.
 MIGRATIONS = {
     # `negative_prompt` may be NULL. SQLite cannot drop a NOT NULL.

@@ -28,6 +28,7 @@ from serving.feedback.database import (
     secrets,
     votes,
 )
+from serving.feedback.job_store import JobStore
 from serving.feedback.schemas import FeedbackRequest, FeedbackResponse, Generation
 from serving.schemas import APIError
 
@@ -92,12 +93,13 @@ class FeedbackStore:
     """Generations and ratings in SQL. Methods may be called from any thread; create one store per process.
 
     Args:
-        engine: database engine from `open_database`.
+        engine: database engine from `open_database`, which `jobs` uses too.
         capacity: maximum queued generations; `record` blocks while the queue is full.
     """
 
     def __init__(self, engine: Engine, capacity: int = CAPACITY) -> None:
         self._engine = engine
+        self.jobs = JobStore(engine)
         self._upsert = UPSERT[engine.dialect.name]
         self._queue: queue.Queue[Generation | threading.Event] = queue.Queue(capacity)
         self._closing = threading.Event()

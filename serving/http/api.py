@@ -3,7 +3,7 @@
 import base64
 import json
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from serving.encoding import MEDIA_TYPES
 from serving.http.access import needed_scope
 from serving.http.asgi_exchange import context_of
 from serving.http.feedback import feedback_router
+from serving.http.jobs import accepted, jobs_router, prefers_async
 from serving.http.logs import LOGGER
 from serving.http.multipart import form_fields
+from serving.jobs import Job, Kind
 from serving.messages import label
 from serving.schemas import (
     DRAWING_FAILED,
@@ -91,6 +93,7 @@ def create_api(service: Service) -> FastAPI:
     _add_drawing(api, service)
     _add_pictures(api, service)
     _add_operation(api, service)
+    api.include_router(jobs_router(service.jobs))
     api.include_router(feedback_router(lambda: service.feedback, _key_id))
     _add_page(api)
     _document(api, service.settings.allow_anonymous)
@@ -100,30 +103,41 @@ def create_api(service: Service) -> FastAPI:
 def _add_drawing(api: FastAPI, service: Service) -> None:
     """Add the routes for clients: generations, edits and models."""
 
+    async def answer(
+        kind: Kind,
+        body: ImageRequest,
+        request: Request,
+        images: Sequence[bytes] = (),
+        mask: bytes | None = None,
+    ) -> Response:
+        context = _context(request)
+        if prefers_async(request):
+            if body.stream:
+                raise APIError(400, "stream: not with Prefer: respond-async", "stream", "invalid_value")
+            await service.check(body, context, images, mask)
+            return accepted(await service.jobs.submit(kind, body, context, images, mask))
+        if body.webhook_url:
+            message = "webhook_url: announces the end of a job; send the header Prefer: respond-async"
+            raise APIError(400, message, "webhook_url", "invalid_value")
+        if not body.stream:
+            return _json(await service.generate(body, context, images, mask))
+        return await EventStream.of(service.stream(body, context, images, mask), context)
+
     async def generate(body: ImageRequest, request: Request) -> Response:
         """Generate `n` images from a prompt; with `stream`, one image after its previews."""
-        context = _context(request)
-        if not body.stream:
-            return _json(await service.generate(body, context))
-        return await EventStream.of(service.stream(body, context), context)
+        return await answer("generations", body, request)
 
     async def edit(request: Request) -> Response:
         """Generate `n` images from those in `image`: references, or one to paint into or begin with."""
         body, images, mask = await _edit_of(request, fields_of_edits)
-        context = _context(request)
-        if not body.stream:
-            return _json(await service.generate(body, context, images, mask))
-        return await EventStream.of(service.stream(body, context, images, mask), context)
+        return await answer("edits", body, request, images, mask)
 
     async def vary(request: Request) -> Response:
         """Generate `n` variations of an image: each begins with it."""
         body, images, mask = await _edit_of(request, fields_of_variations)
         if mask is not None:
             raise APIError(400, "mask: send it to /v1/images/edits", MASK_FIELD, "unsupported_parameter")
-        context = _context(request)
-        if not body.stream:
-            return _json(await service.generate(body, context, images))
-        return await EventStream.of(service.stream(body, context, images), context)
+        return await answer("variations", body, request, images)
 
     # So that FastAPI checks and documents the limits.
     generate.__annotations__["body"] = limited(ImageRequest, service.settings)
@@ -141,6 +155,7 @@ def _add_drawing(api: FastAPI, service: Service) -> None:
     events = {"schema": event, "example": "event: image_generation.completed\ndata: {...}\n\n"}
     responses: Responses = {
         200: {"model": ImageResponse, "content": {"text/event-stream": events}},
+        202: {"model": Job, "description": "With `Prefer: respond-async`: the job that draws it."},
         **_errors(400, 404, 413, 429, 500, 503, 504),
     }
     api.post("/v1/images/generations", responses=responses)(generate)

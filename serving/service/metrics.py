@@ -29,6 +29,7 @@ REASONS = frozenset(
         "invalid_api_key",
         "invalid_json",
         "invalid_value",
+        "job_not_found",
         "model_lost",
         "model_not_found",
         "model_not_loaded",

@@ -9,6 +9,8 @@ from contextlib import aclosing, contextmanager
 from functools import partial
 from itertools import count
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from ray_jobs.config import Config
 from ray_jobs.registry.models import CHAMPION, PREVIOUS, RegisteredModel
 from ray_jobs.run.folder import RunFolder
@@ -25,6 +27,7 @@ from serving.schemas import (
     shown_quality,
 )
 from serving.service.canary import Canary, Limits
+from serving.service.jobs import Jobs
 from serving.service.metrics import Metrics
 from serving.service.picture_links import PictureLinks
 from serving.service.quality import Quality
@@ -36,6 +39,7 @@ from serving.service.responses import Delivery, choices_of
 from serving.service.rollout import RolloutStatus, ShadowCounts, promote, take_back, withdraw
 from serving.service.routing import Catalogue
 from serving.service.shadow import Shadow
+from serving.service.webhooks import Webhooks
 
 logger = logging.getLogger("ray.serve")
 
@@ -84,6 +88,13 @@ class Service:
             self.links,
             settings.public_url,
         )
+        self.jobs = Jobs(
+            feedback.jobs,
+            RunFolder.of(config).jobs,
+            self.generate,
+            Webhooks(partial(feedback.secret, "webhooks"), allow_private=settings.private_webhooks),
+            settings,
+        )
         self.started = int(time.time())
         self.num_open = 0  # open requests
         self._background: set[asyncio.Task[None]] = set()
@@ -97,6 +108,7 @@ class Service:
         """
         self._in_background(self.watcher.run(now=poll_now))
         self._in_background(self._clean())
+        self._in_background(self.jobs.run())
         if self.settings.shadow_share:
             self._in_background(self.shadow.run())
         if self.quality != Quality(0.0):
@@ -108,19 +120,23 @@ class Service:
         context: RequestContext,
         images: Sequence[bytes] = (),
         mask: bytes | None = None,
+        *,
+        timeout_s: float | None = None,
     ) -> ImageResponse:
         """Generate `n` images of a prompt.
 
         Args:
             images, mask: files of an EditRequest, see `RequestPlanner.plan`.
+            timeout_s: maximum duration, in seconds; None: the server's for requests.
             context: facts about the HTTP request. Its key selects the version if the request names no user;
                 facts about the images are added for the log.
 
         Raises:
             APIError: the error to send to the client.
         """
-        deadline = asyncio.get_running_loop().time() + self.settings.request_timeout_s
-        with self._slot(), self._in_time():
+        seconds = timeout_s or self.settings.request_timeout_s
+        deadline = asyncio.get_running_loop().time() + seconds
+        with self._slot(), self._in_time(seconds):
             async with asyncio.timeout_at(deadline):
                 planned = await self._plan(request, context, images, mask)
             with self._counted(planned[0]):
@@ -138,6 +154,18 @@ class Service:
             safety_identifier=request.user,
         )
 
+    async def check(
+        self,
+        request: ImageRequest,
+        context: RequestContext,
+        images: Sequence[bytes] = (),
+        mask: bytes | None = None,
+    ) -> None:
+        """Raise APIError for a request that cannot be planned; nothing is drawn."""
+        with self._in_time(self.settings.request_timeout_s):
+            async with asyncio.timeout(self.settings.request_timeout_s):
+                await self._plan(request, context, images, mask)
+
     async def stream(
         self,
         request: ImageRequest,
@@ -151,7 +179,7 @@ class Service:
             APIError: the error to send to the client; raised before the first event or after any event.
         """
         deadline = asyncio.get_running_loop().time() + self.settings.request_timeout_s
-        with self._slot(), self._in_time():
+        with self._slot(), self._in_time(self.settings.request_timeout_s):
             async with asyncio.timeout_at(deadline):
                 (planned,) = await self._plan(request, context, images, mask)
             async with aclosing(self.replicas.watch(planned)) as pictures:
@@ -251,13 +279,12 @@ class Service:
             self.num_open -= 1
 
     @contextmanager
-    def _in_time(self) -> Iterator[None]:
+    def _in_time(self, seconds: float) -> Iterator[None]:
         """Turn a TimeoutError into an APIError 504."""
         try:
             yield
         except TimeoutError:
-            seconds = f"{self.settings.request_timeout_s:g}"
-            message = f"not finished within {seconds} s; request fewer steps or images, or try again later"
+            message = f"not finished within {seconds:g} s; request fewer steps or images, or try again later"
             raise APIError(504, message, code="timeout") from None
 
     @contextmanager
@@ -304,8 +331,9 @@ class Service:
         while True:
             try:
                 await asyncio.to_thread(self.links.delete_expired)
-            except OSError as error:
-                logger.warning("expired pictures were not deleted: %s", error)
+                await asyncio.to_thread(self.jobs.delete_expired)
+            except (OSError, SQLAlchemyError) as error:
+                logger.warning("what has expired was not deleted: %s", error)
             await asyncio.sleep(CLEANING_S)
 
     async def _watch_quality(self) -> None:

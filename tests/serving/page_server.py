@@ -4,9 +4,9 @@
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 from ray_jobs.config import Config
@@ -97,6 +97,15 @@ def service_here(
             engine.stop()
 
 
+@asynccontextmanager
+async def jobs_drawn(service: Service) -> AsyncIterator[None]:
+    """Draw the service's jobs while the block runs."""
+    work = asyncio.create_task(service.jobs.run())
+    yield
+    work.cancel()
+    await asyncio.wait([work])
+
+
 @contextmanager
 def page_server(
     config: Config, champion: RegisteredModel, candidate: RegisteredModel, store: FeedbackStore
@@ -104,6 +113,7 @@ def page_server(
     """The URL of the page while the block runs, as `service_here`."""
     with service_here(config, champion, candidate, store) as (service, _):
         api, keys = create_api(service), KeyRing.of(config.serve)
+        api.router.lifespan_context = lambda _: jobs_drawn(service)
         api.add_middleware(Access, settings=config.serve, keys=keys, metrics=service.metrics)
         with http_server(api) as url:
             yield url

@@ -361,7 +361,7 @@ def test_feedback_is_kept_when_it_is_answered(url: str, store: FeedbackStore) ->
         ({"image_id": f"img-{1:024x}", "rating": 5}, 400, "rating"),
         ({"image_id": f"img-{1:024x}", "rating": 0.5}, 400, "rating"),
         ({"image_id": f"img-{1:024x}"}, 400, None),
-        ({"image_id": f"img-{1:024x}", "over": f"img-{1:024x}"}, 400, None),
+        ({"image_id": f"img-{1:024x}", "over": f"img-{1:024x}"}, 400, "over"),
         ({"image_id": f"img-{1:024x}", "rating": 1, "stars": 5}, 400, "stars"),
         ({"image_id": f"img-{1:024x}", "rating": 1, "comment": "a" * 2001}, 400, "comment"),
     ],
