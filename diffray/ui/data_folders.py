@@ -235,6 +235,8 @@ def _with_saved_names(list_name: str, text: str, folder: Path) -> str:
     """
 
     def saved(column: str | None, value: Any) -> Any:
+        if isinstance(value, list):
+            return [saved(column, each) for each in value]
         is_picture = isinstance(value, str) and value.lower().endswith(READ_SUFFIXES)
         if not is_picture or column in CAPTION_COLUMNS:
             return value

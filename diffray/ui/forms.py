@@ -16,6 +16,9 @@ SECTIONS = ("model", "data", "train", "search", "evaluate", "publish")
 them: that is for whoever starts the page."""
 
 PLACES = {
+    "data.sources.0": "reference_columns",
+    "data.sources: reference_columns": "reference_columns",
+    "data.sources: mask_column": "mask_column",
     "data": "data",
     "data.source": "data",
     "name": "name",
@@ -35,6 +38,8 @@ class Form(BaseModel):
 
     Attributes:
         data: folder or address of the pictures.
+        reference_columns: of pairs, the names of the columns of references, with commas between them.
+        mask_column: name of the column of masks.
         instance_prompt, class_prompt: of a subject (DreamBooth), whose pictures need no captions.
         recipe: name of a recipe; None: the one made for `base` and `method`.
         hour_price: price of a worker's hour.
@@ -45,6 +50,8 @@ class Form(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     data: str
+    reference_columns: str | None = None
+    mask_column: str | None = None
     instance_prompt: str | None = None
     class_prompt: str | None = None
     recipe: str | None = None
@@ -96,13 +103,18 @@ def arguments_of(form: Form, folders: DataFolders) -> list[str]:
     path = folders.existing(form.data)
     prompts = {"instance_prompt": form.instance_prompt, "class_prompt": form.class_prompt}
     subject = {name: text for name, text in prompts.items() if text}
+    source: dict[str, object] = {"path": path, **subject}
+    if names := [name for each in (form.reference_columns or "").split(",") if (name := each.strip())]:
+        source["reference_columns"] = names
+    if form.mask_column:
+        source["mask_column"] = form.mask_column
     if "class_prompt" in subject and "instance_prompt" not in subject:
         raise ConfigError("data: a class prompt needs the subject's own prompt beside it")
     if form.recipe and form.recipe not in recipes():
         fix = nearest(form.recipe, recipes(), "choose one of the list")
         raise ConfigError(f"recipe: {form.recipe}: no such recipe; {fix}")
     arguments = stage_arguments(
-        [{"path": path, **subject}] if subject else path,
+        [source] if len(source) > 1 else path,
         base=form.base,
         method=form.method,
         epochs=form.epochs,

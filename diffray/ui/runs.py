@@ -23,6 +23,7 @@ from diffray.runs import Run
 from diffray.shown import charts
 from diffray.ui import queue
 from diffray.ui.clusters import ENDED, ClusterStates, State
+from diffray.ui.pairs import Given, Row, held_out_rows
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.report.charts import trials_of
 from ray_jobs.report.svg import number
@@ -118,6 +119,7 @@ class _Read:
     rows: list[RungRow] = field(default_factory=list)
     winner: Winner | None = None
     losses: LossReader | None = None
+    pairs: Sequence[Row] = ()
     whole: bool = False  # read after the run had ended
 
 
@@ -240,15 +242,31 @@ class Runs:
             return None
         try:
             content = Storage.open(row.checkpoint).child(kind).read_bytes(file)
-            if not small:
-                return content
-            picture = Image.open(io.BytesIO(content), formats=["PNG"]).convert("RGB")
+            return _reduced(content) if small else content
         except (FileNotFoundError, UnidentifiedImageError):
             return None
-        buffer = io.BytesIO()
-        picture.thumbnail((THUMBNAIL, THUMBNAIL))
-        picture.save(buffer, "JPEG", quality=85)
-        return buffer.getvalue()
+
+    def given(self, name: str) -> Given:
+        """Return how many pictures there are of what the edits at each rung begin with."""
+        rows = self._pairs(name)
+        return Given(rows=len(rows), references=len(rows[0].references)) if rows else Given()
+
+    def given_picture(self, name: str, number: int, which: str, *, small: bool) -> bytes | None:
+        """Return a picture of a held-out row, as `picture` does.
+
+        Args:
+            number: the row's, with which the names of its edits begin.
+            which: see `Row.picture`.
+        """
+        rows = self._pairs(name)
+        content = rows[number].picture(which) if 0 <= number < len(rows) else None
+        return _reduced(content) if content and small else content
+
+    def _pairs(self, name: str) -> Sequence[Row]:
+        read = self._files(Run(name), ended=False)
+        if not read.pairs and read.config is not None:
+            read.pairs = held_out_rows(read.config)
+        return read.pairs
 
     def _rows(self, name: str, trial: str) -> Sequence[RungRow]:
         """Return the rungs of a trial in the order of steps."""
@@ -281,6 +299,14 @@ class Runs:
         """Read a run anew, since it was deleted or begun again."""
         with self._lock:
             self._read.pop(name, None)
+
+
+def _reduced(png: bytes) -> bytes:
+    """Return a PNG reduced to `THUMBNAIL`, as JPEG."""
+    picture, buffer = Image.open(io.BytesIO(png), formats=["PNG"]).convert("RGB"), io.BytesIO()
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    picture.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
 
 
 def _work(config: Config) -> tuple[object, ...]:

@@ -25,6 +25,7 @@ from diffray.ui.checks import Check, Kind
 from diffray.ui.data_folders import MAX_BYTES, Folder
 from diffray.ui.forms import Form, Recipe, all_recipes, arguments_of, place_of
 from diffray.ui.page import Deployed, Page, found, missing
+from diffray.ui.pairs import Given
 from diffray.ui.runs import Detail, Rung, Summary, waiting_run
 from ray_jobs.config import ConfigError
 from ray_jobs.config.fields import RunName
@@ -206,11 +207,29 @@ def _add_runs(app: FastAPI, page: Page) -> None:
     def picture(
         name: RunName, trial: str, step: int, kind: str, file: str, small: Annotated[bool, Query()] = False
     ) -> Response:
-        content = runs.picture(found(name).name, trial, step, kind, file, small=small)
-        if content is None:
-            raise HTTPException(404, f"{name}: no such picture")
-        headers = {"Cache-Control": "private, max-age=86400"}  # of a rung, which does not change
-        return Response(content, media_type="image/jpeg" if small else "image/png", headers=headers)
+        return _picture(name, runs.picture(found(name).name, trial, step, kind, file, small=small), small)
+
+    @app.get("/runs/{name}/given")
+    def given(name: RunName) -> Given:
+        return runs.given(found(name).name)
+
+    @app.get("/runs/{name}/given/picture")
+    def given_picture(
+        name: RunName, number: int, which: str, small: Annotated[bool, Query()] = False
+    ) -> Response:
+        return _picture(name, runs.given_picture(found(name).name, number, which, small=small), small)
+
+
+def _picture(run: str, content: bytes | None, small: bool) -> Response:
+    """Answer with a picture of a rung or of the data, which does not change.
+
+    Raises:
+        HTTPException: 404, there is none.
+    """
+    if content is None:
+        raise HTTPException(404, f"{run}: no such picture")
+    headers = {"Cache-Control": "private, max-age=86400"}
+    return Response(content, media_type="image/jpeg" if small else "image/png", headers=headers)
 
 
 def _add_models(app: FastAPI, page: Page) -> None:

@@ -30,6 +30,8 @@ COMMANDS = {
     "import": "ray_jobs.import_weights",
     "export": "ray_jobs.export_weights",
     "feedback": "serving.export",
+    "study": "diffray.study",
+    "update": "diffray.update",
     "networks": "ray_jobs.weights.fetch",
     "comfyui": "ray_jobs.weights.comfyui",
     "clean": "diffray.clean",

@@ -22,6 +22,7 @@ from serving.http.feedback import feedback_router
 from serving.http.jobs import accepted, jobs_router, prefers_async
 from serving.http.logs import LOGGER
 from serving.http.multipart import form_fields
+from serving.http.studies import studies_router
 from serving.jobs import Job, Kind
 from serving.messages import label
 from serving.schemas import (
@@ -95,6 +96,7 @@ def create_api(service: Service) -> FastAPI:
     _add_operation(api, service)
     api.include_router(jobs_router(service.jobs))
     api.include_router(feedback_router(lambda: service.feedback, _key_id))
+    api.include_router(studies_router(service.config, lambda: service.feedback, _key_id))
     _add_page(api)
     _document(api, service.settings.allow_anonymous)
     return api

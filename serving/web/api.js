@@ -1,7 +1,7 @@
 // The server's API: the key, the models, streamed pictures, feedback, and errors in plain words.
 
 const KEY = "diffray-key"; // in sessionStorage: gone with the tab
-const ROOT = new URL("v1/", document.baseURI);
+const ROOT = new URL("../v1/", import.meta.url);
 
 export const apiKey = () => sessionStorage.getItem(KEY);
 
@@ -74,6 +74,12 @@ export function secondsOf(header) {
 }
 
 export const models = async () => (await (await ask("models")).json()).data;
+
+/** The next pair of a study for this key. */
+export const nextPair = async (study) => (await ask(`feedback/studies/${encodeURIComponent(study)}`)).json();
+
+export const studyImage = async (study, image) =>
+  (await ask(`feedback/studies/${encodeURIComponent(study)}/images/${encodeURIComponent(image)}`)).blob();
 
 export const giveFeedback = (body) => ask("feedback", body);
 

@@ -26,15 +26,19 @@ from diffray.ui import checks, queue
 from diffray.ui.access import Access
 from diffray.ui.command import main, serve
 from diffray.ui.data_folders import DataFolders, safe_name
+from diffray.ui.forms import Form, arguments_of
 from diffray.ui.page import Page
 from diffray.ui.queue import Queue
 from diffray.ui.runs import Runs
 from diffray.ui.server import create_app
 from ray_jobs.config import ConfigError
+from ray_jobs.data.feeding.dataset import PARTS
+from ray_jobs.run.folder import RunFolder, SharedFolder
 from ray_jobs.run.records import RungRow, write_rows
 from serving.http.api_keys import KeyRing, add_key
 from tests.serving.http_server import eventually, http_server
 from tests.serving.test_web import FAINT, TOO_WIDE, UNNAMED
+from tests.small_set import small_set
 from tests.unit.test_report import WINNER
 
 CHROMIUM = shutil.which("chromium")
@@ -154,6 +158,50 @@ def test_a_run_is_shown_from_its_records(home: Path, site: httpx.Client) -> None
     assert len(site.get("/runs/mine").json()["log"]) < 17_000
     assert site.delete("/runs/mine", headers={"Content-Type": "application/json"}).status_code == 200
     assert site.get("/runs").json() == [] and not (home / "runs" / "mine").exists()
+
+
+def with_pairs(home: Path, name: str) -> list[dict[str, Any]]:
+    """Prepare a run's data as pairs; returns what the edits of a rung begin with and should become."""
+    config = diffray.run(name).config
+    prepared = small_set(SharedFolder.of(config).encoded("00"), references=2)
+    folder = RunFolder.of(config).dataset
+    folder.write_text(PARTS, prepared.storage.read_text(PARTS))
+    manifest = prepared.manifest.model_copy(update={"encoders": "00"})
+    manifest.write(folder)
+    return prepared.pictures("validation", config.publish.sample_count)
+
+
+def test_what_edits_begin_with_and_should_become_is_beside_their_pictures(
+    home: Path, site: httpx.Client
+) -> None:
+    recorded(home, "plain", pictures=True)
+    assert site.get("/runs/plain/given").json() == {"rows": 0, "references": 0}
+    recorded(home, "edits", pictures=True)
+    rows = with_pairs(home, "edits")
+    assert site.get("/runs/edits/given").json() == {"rows": len(rows), "references": 2}
+
+    def shown(number: int, which: str, **more: Any) -> httpx.Response:
+        return site.get("/runs/edits/given/picture", params={"number": number, "which": which, **more})
+
+    assert shown(1, "target").content == rows[1]["image"]
+    assert [shown(1, place).content for place in "01"] == rows[1]["references"]
+    assert shown(0, "0", small=True).headers["content-type"] == "image/jpeg"
+    for wrong in ((0, "2"), (len(rows), "target"), (-1, "target"), (0, "../x")):
+        assert shown(*wrong).status_code == 404
+
+
+def test_pairs_are_asked_for_by_the_names_of_their_columns(home: Path, site: httpx.Client) -> None:
+    form = {
+        "data": "photos",
+        "recipe": "kontext-lora",
+        "reference_columns": "before, palette",
+        "mask_column": "m",
+    }
+    arguments = arguments_of(Form.model_validate(form), DataFolders(["photos"]))
+    [source] = config_of(arguments).data.all_sources
+    assert (source.reference_columns, source.mask_column) == (["before", "palette"], "m")
+    told, field = refused(site.post("/checks/plan", json=form | {"mask_column": "before"}))
+    assert "before is named twice" in told and field == "reference_columns"
 
 
 def test_damaged_files_and_a_lost_registry_are_told_and_hide_no_other_run(
@@ -478,6 +526,7 @@ def check_look(page: Any) -> None:
 def test_a_person_finds_a_run_and_watches_it_on_a_phone(home: Path, browser: Any) -> None:
     two_hundred(home)
     recorded(home, "newest", pictures=True)
+    with_pairs(home, "newest")
     with served() as url:
         httpx.get(f"{url}/runs", timeout=60)  # as the command does while the browser starts
         with opened(browser, "about:blank", viewport={"width": 390, "height": 800}) as page:
@@ -499,13 +548,18 @@ def test_a_person_finds_a_run_and_watches_it_on_a_phone(home: Path, browser: Any
             assert page.locator("#charts .curve").count() == 4
             page.locator("#trial").select_option("lr-1")
             eventually(lambda: page.locator("#strip img[src*='trial=lr-1']").count() == 3)
-            image = page.locator("#strip img").first
+            heads = page.locator("#strip thead th").all_text_contents()
+            assert heads[:3] == ["before 1", "before 2", "target"] and len(heads) == 6
+            before = page.locator("#strip tbody tr:first-child img[src*='given']")
+            assert before.count() == 3 and before.first.get_attribute("alt") == "before 1 of row 1"
+            image = page.locator("#strip img[src*='trial=']").first
             image.scroll_into_view_if_needed()
             eventually(lambda: image.evaluate("each => each.naturalWidth") == 64)
             assert image.get_attribute("alt") == "a red apple, 10 steps"
             page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
             assert page.evaluate(FAINT) == []
-            assert [each for each in page.evaluate(TOO_WIDE) if "<t" not in each] == []  # tables scroll
+            outside = TOO_WIDE.replace(".map(", ".filter(each => !each.closest('table')).map(")
+            assert page.evaluate(outside) == []  # tables scroll
             page.locator("#delete").click()
             page.locator("#delete-dialog button.primary").click()
             page.locator("#list-view").wait_for()

@@ -4,7 +4,7 @@ import { get, post, upload } from "./api.js";
 import { at, make, say } from "./dom.js";
 
 const NUMBERS = ["epochs", "hour_price", "images_per_second"];
-const TEXTS = ["data", "instance_prompt", "class_prompt", "recipe", "base", "method", "name", "address"];
+const TEXTS = ["data", "reference_columns", "mask_column", "instance_prompt", "class_prompt", "recipe", "base", "method", "name", "address"];
 const FIELDS = [...TEXTS, ...NUMBERS, "settings"];
 const METHODS = { lora: "LoRA", full: "Full training" };
 const ENDED = { finished: true, failed: true, stopped: true };
@@ -44,7 +44,7 @@ function restore() {
   for (const id of KEPT) at(id).value = found.typed[id] ?? "";
   if (at("recipe").selectedIndex < 0) at("recipe").selectedIndex = 1; // one that is gone
   named = found.named;
-  for (const id of ["more", "subject"]) at(id).open = [...at(id).querySelectorAll("[name]")].some((each) => each.value);
+  for (const id of ["more", "subject", "pairs"]) at(id).open = [...at(id).querySelectorAll("[name]")].some((each) => each.value);
   for (const [kind, name] of Object.entries(found.checks))
     get(checkPath(kind, name)).then((check) => showCheck(kind, check), () => {}); // or it is gone
 }

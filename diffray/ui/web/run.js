@@ -91,9 +91,12 @@ class RunView {
 
   async showPictures() {
     const trial = (this.trial = at("trial").value);
-    let rungs;
+    let rungs, given;
     try {
-      rungs = await get(runPath(this.name, `/rungs?${new URLSearchParams({ trial })}`));
+      [rungs, given] = await Promise.all([
+        get(runPath(this.name, `/rungs?${new URLSearchParams({ trial })}`)),
+        get(runPath(this.name, "/given")),
+      ]);
     } catch (error) {
       return say(error.message);
     }
@@ -103,17 +106,34 @@ class RunView {
       const step = `${rung.step.toLocaleString()}${wins ? " ★" : ""}`;
       return make("th", { scope: "col", className: wins ? "winner" : "" }, step, make("small", { textContent: rung.score }));
     });
+    // Of edits also what they begin with and what they should become.
+    const before = Array.from({ length: given.references }, (_, n) => [String(n), given.references > 1 ? `before ${n + 1}` : "before"]);
+    const beside = given.rows ? [...before, ["target", "target"]] : [];
+    columns.unshift(...beside.map(([, textContent]) => make("th", { scope: "col", textContent })));
     const rows = [];
     for (const kind of ["samples", "prompts"]) {
       const files = [...new Set(rungs.flatMap((rung) => rung.files[kind]))];
       files.sort((one, other) => parseInt(one) - parseInt(other));
-      rows.push(...files.map((file) => this.pictures(rungs, kind, file)));
+      const which = beside.filter(([name]) => kind === "samples" || name !== "target"); // own prompts have none
+      for (const file of files) {
+        const row = this.pictures(rungs, kind, file);
+        const cells = parseInt(file) < given.rows ? which.map((each) => this.given(parseInt(file), ...each)) : [];
+        while (cells.length < beside.length) cells.push(make("td"));
+        row.firstChild.after(...cells);
+        rows.push(row);
+      }
     }
     at("rungs").hidden = !rows.length;
     at("strip").replaceChildren(
       make("thead", {}, make("tr", {}, make("td"), ...columns)),
       make("tbody", {}, ...rows),
     );
+  }
+
+  given(number, which, words) {
+    const source = runPath(this.name, `/given/picture?${new URLSearchParams({ number, which })}`);
+    const image = make("img", { src: `${source}&small=true`, alt: `${words} of row ${number + 1}`, loading: "lazy" });
+    return make("td", {}, make("a", { href: source, target: "_blank", rel: "noopener" }, image));
   }
 
   pictures(rungs, kind, file) {
