@@ -24,6 +24,7 @@ from ray_jobs.diffusion.precision import PRECISIONS, cast, to_precision
 from ray_jobs.diffusion.quantization import quantize
 from ray_jobs.planning.footprint import blank_conditions
 from ray_jobs.training.setup import begun_controlnet
+from ray_jobs.weights.conditioner import conditioner_bytes
 from ray_jobs.weights.feature_networks import load_networks
 from ray_jobs.weights.loading import dtypes_of, empty_model, load_text, read_index
 from ray_jobs.weights.model_files import model_folder
@@ -40,7 +41,8 @@ class Need:
         weights: on the device while the actor draws or encodes.
         host: weights that are in host memory meanwhile.
         captions: weights on the device while captions are embedded, if others than `weights` are.
-        networks: weights of feature networks, which are on the device all the time.
+        networks: weights of feature networks and of models of `data.control`, which are on the device all the
+            time.
         engines: models that a replica holds at once; the other fields are those of all.
         picture: activations of a picture by what is done with it: `drawing`, `decoding`, `encoding`,
             `embedding` its caption, `measuring` its features.
@@ -86,7 +88,11 @@ def needs(config: Config) -> tuple[Need, Need, Need]:
     here = [name for name in serving.names if name not in away]
     engines = engines_of(config)
     return (
-        Need(encoding.bytes_of(encoding.not_denoising), encoding.of_encoding),
+        Need(
+            encoding.bytes_of(encoding.not_denoising),
+            encoding.of_encoding,
+            networks=conditioner_bytes(data.control) if data.computes_control_by_model else 0,
+        ),
         _evaluator(drawing, config),
         Need(
             engines * (serving.bytes_of(here) + serving.largest_layer(away)),
@@ -124,7 +130,8 @@ def _measuring(config: Config) -> tuple[int, int]:
     """Return the bytes of the feature networks' weights, and of a picture's activations in one of them.
 
     On the meta device attention is not fused, so that of a ViT is counted rather too large. What a chat model
-    computes of a picture and its question is not counted.
+    computes of a picture and its question is not counted, nor what models of `data.control` compute, whose
+    weights are.
     """
 
     def bytes_of(modules: list[torch.nn.Module]) -> int:
@@ -140,7 +147,7 @@ def _measuring(config: Config) -> tuple[int, int]:
         most = max(most, live.most)
     if judge and not judge.network:
         weights += bytes_of(judge.modules)
-    return weights, most
+    return weights + conditioner_bytes(config.data.control), most
 
 
 def _evaluator(parts: "_Parts", config: Config) -> Need:

@@ -77,7 +77,8 @@ def drawing_lines(config: Config, machines: list[Machine]) -> tuple[list[str], l
     ):
         picture = ", ".join(f"{human_size(size).strip()} {doing}" for doing, size in need.picture.items())
         host = f" and {human_size(need.host).strip()} on the host" * bool(need.host)
-        host += f" and {human_size(need.networks).strip()} of feature networks" * bool(need.networks)
+        others = "feature networks" if kind == "an evaluator" else "data.control"
+        host += f" and {human_size(need.networks).strip()} of {others}" * bool(need.networks)
         models = f" of {need.engines} models, while a new champion is loaded" * (need.engines > 1)
         line = f"memory of {kind} ({precision}): weights {human_size(need.weights).strip()}{host}{models}; "
         line += f"a picture {picture}"

@@ -19,9 +19,11 @@ from ray_jobs.metrics.vision_model import load_vision_model
 from ray_jobs.planning.estimate import host_memory
 from ray_jobs.planning.inference import MANY_WORDS, LiveBytes, Need, engines_of, needs
 from ray_jobs.planning.plan import drawing_lines, plan
+from ray_jobs.weights.conditioner import conditioner_bytes
 from ray_jobs.weights.feature_networks import load_networks
 from ray_jobs.weights.loading import load_pipeline
 from ray_jobs.weights.model_files import latent_shapes
+from tests.tiny_conditioners import depth_model
 from tests.tiny_models import FAMILY_MODELS
 
 SIDE = 64
@@ -235,3 +237,23 @@ def test_a_replica_holds_the_next_champion_beside_the_one_that_answers(tiny_flux
     lines, problems = drawing_lines(fused, [Machine("one", 8, 1, gpu_gib=two.weights / GIB / 0.9)])
     assert " of 2 models, while a new champion is loaded" in lines[2]
     assert problems[-1].endswith("serve.offload: encoders or model, or serve.fuse_champion: false")
+
+
+def test_models_of_control_images_are_counted_where_they_are_loaded(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base, model = tiny("StableDiffusionPipeline"), str(depth_model(tmp_path))
+    control = {"kind": "depth", "model": model}
+    computed = a_config(base, data={"source": "x", "resolution": SIDE, "control": control}, train={})
+    brought = {"sources": [{"path": "x", "control_column": "depth"}], "resolution": SIDE, "control": control}
+    plain = [need.networks for need in needs(a_config(base))]
+    depth = conditioner_bytes(computed.data.control)
+    assert depth > 0
+    assert [need.networks for need in needs(computed)] == [depth, plain[1] + depth, 0]
+    assert [need.networks for need in needs(a_config(base, data=brought, train={}))] == [
+        0,
+        plain[1] + depth,
+        0,
+    ]
+    lines, _ = drawing_lines(computed, [Machine("large", 4, 1, 24.0)])
+    assert "of data.control; a picture" in lines[0] and "of feature networks" in lines[1]
