@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -104,6 +104,22 @@ def _gathered(part: PlannedPart, samples: dict[tuple[int, int], Sample]) -> RayR
     }
 
 
+class Beside(NamedTuple):
+    """What a row has beside its picture, fitted as that; None for what it does not have.
+
+    Attributes:
+        references: uint8, R x h x w x 3.
+        mask: uint8, H x W.
+        control: see `Decode.control`: uint8, H x W x 3.
+        shown: the picture that `control` was made from, not fitted.
+    """
+
+    references: np.ndarray | None
+    mask: np.ndarray | None
+    control: np.ndarray | None
+    shown: Picture | None
+
+
 @dataclass(frozen=True)
 class Decode:
     """Add pixels to a gathered part: each row is fitted to the part's bucket, training rows augmented."""
@@ -114,8 +130,7 @@ class Decode:
         part: PlannedPart = row["part"]
         width, height = part.bucket
         pixels = np.empty((len(part.rows), height, width, 3), np.uint8)
-        conditioning, pngs, looked_at, masks = [], [], [], []
-        controls, control_pngs, data = [], [], self.config.data
+        conditioning, pngs, control_pngs, beside = [], [], [], list[Beside]()
         of, digest, picture = -1, "", None
         for number, index in enumerate(row["picture"]):
             if of != index:  # variants of a picture follow each other
@@ -126,37 +141,31 @@ class Decode:
                 raise ChangedFile(f"{row['name'][index]}: changed during prepare; run it again")
             draw = int(part.variants[number])
             fitted = self.fit(picture, part.split, part.bucket, digest, draw)
-            control = None
-            if part.further:
-                given = list(zip(row["further"][index], part.further[number], strict=True))
-                self.require_unchanged(given, row["name"][index])
-                files = [content for content, _ in given]
-                if part.has_masks:
-                    masks.append(self.mask(files.pop(), part.split, part.bucket, digest, draw))
-                if part.brings_control:
-                    control = self.open(files.pop(), part.bucket)
-                if part.reference_size:
-                    looked_at.append(self.references(files, part.split, part.reference_size, digest, draw))
+            given = list(
+                zip(row["further"][index], part.further[number] if part.further else (), strict=True)
+            )
+            self.require_unchanged(given, row["name"][index])
+            files, sizes = [content for content, _ in given], (part.bucket, part.reference_size)
+            beside.append(self.beside(files, picture, part.split, *sizes, digest, draw))
             pixels[number] = fitted.pixels
             conditioning.append(fitted.sizes)
             plain = fit(picture.image, part.bucket).pixels if part.scored[number] else None
             pngs.append(b"" if plain is None else encode_png(plain))
-            if data.has_control:
-                control = control or picture
-                controls.append(self.control(control, part.split, part.bucket, digest, draw))
-                # As scores have the row's picture: not augmented. What a model computes, the encoders add.
-                is_shown = part.scored[number] and not data.computes_control_by_model
-                shown = self.control(control, "floor", part.bucket, digest, draw) if is_shown else None
-                control_pngs.append(b"" if shown is None else encode_png(shown))
+            # As scores have the row's picture: not augmented. What a model computes, the encoders add.
+            is_shown = part.scored[number] and not self.config.data.computes_control_by_model
+            shown = beside[-1].shown if is_shown else None
+            control_pngs.append(
+                encode_png(self.control(shown, "floor", part.bucket, "", 0)) if shown else b""
+            )
         return {
             "part": part,
             "text": [row["text"][index] for index in row["picture"]],
             "pixels": pixels.tobytes(),
             "image": pngs,
             "conditioning": conditioning,
-            "references": np.stack(looked_at).tobytes() if looked_at else b"",
-            "masks": np.stack(masks).tobytes() if masks else b"",
-            "controls": np.stack(controls).tobytes() if controls else b"",
+            "references": joined([each.references for each in beside]),
+            "masks": joined([each.mask for each in beside]),
+            "controls": joined([each.control for each in beside]),
             "control_image": control_pngs,
         }
 
@@ -171,6 +180,32 @@ class Decode:
             raise ChangedFile(
                 f"{name}: a reference, control image or mask changed since it was scanned; run it again"
             )
+
+    def beside(
+        self,
+        files: list[bytes],
+        picture: Picture,
+        split: str,
+        bucket: Size,
+        reference_size: Size | None,
+        digest: str,
+        draw: int,
+    ) -> "Beside":
+        """Fit what a row has beside its picture, in the same way.
+
+        Args:
+            files: of its further pictures: references, control image, mask.
+            digest, draw: of its own picture, as for `fit`.
+        """
+        data, mask, control, shown, references = self.config.data, None, None, None, None
+        if data.has_masks and files:
+            mask = self.mask(files.pop(), split, bucket, digest, draw)
+        if data.has_control:
+            shown = self.open(files.pop(), bucket) if data.brings_control else picture
+            control = self.control(shown, split, bucket, digest, draw)
+        if reference_size and files:
+            references = self.references(files, split, reference_size, digest, draw)
+        return Beside(references, mask, control, shown)
 
     def references(
         self, files: Sequence[bytes], split: str, size: Size, digest: str, draw: int
@@ -240,6 +275,11 @@ class Decode:
             row_generator(self.config.seed, digest, draw),
             original=original,
         )
+
+
+def joined(arrays: Sequence[np.ndarray | None]) -> bytes:
+    """Return the bytes of arrays one after another; none where there are none."""
+    return b"".join(each.tobytes() for each in arrays if each is not None)
 
 
 class EncodeRows:

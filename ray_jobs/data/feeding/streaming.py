@@ -24,10 +24,12 @@ from ray_jobs.data.encoding.cache_files import read_part, read_schema
 from ray_jobs.data.encoding.encoding import (
     DECODING,
     GATHERING,
+    Beside,
     ChangedFile,
     Decode,
     EncodeRows,
     encoder_actors,
+    joined,
 )
 from ray_jobs.data.encoding.plan import PartRecord, PlannedPart
 from ray_jobs.data.encoding.tensors import as_numpy, as_torch, read_tensors, row_bytes
@@ -338,8 +340,8 @@ class DecodeBatch(Decode):
 
     def __call__(self, row: RayRow) -> RayRow:
         width, height = (int(side) for side in row["bucket"].split("x"))
-        pixels, sizes, looked_at, size = [], [], [], row["reference_size"]
-        masks, controls, settings = [], [], self.config.data
+        pixels, sizes, fitted_beside = [], [], list[Beside]()
+        looked_at = tuple(row["reference_size"]) if row["reference_size"] else None
         further = zip(row.pop("further"), row.pop("further_digests"), strict=True)
         for data, digest, name, beside in zip(
             row.pop("data"), row["digest"], row["name"], further, strict=True
@@ -351,18 +353,13 @@ class DecodeBatch(Decode):
             pixels.append(fitted.pixels)
             sizes.append(fitted.sizes)
             self.require_unchanged(list(zip(*beside, strict=True)), name)
-            files = list(beside[0])
-            if settings.has_masks:
-                masks.append(self.mask(files.pop(), "train", (width, height), digest, row["epoch"]))
-            if settings.has_control:
-                control = self.open(files.pop(), (width, height)) if settings.brings_control else picture
-                controls.append(self.control(control, "train", (width, height), digest, row["epoch"]))
-            if size:
-                looked_at.append(self.references(files, "train", tuple(size), digest, row["epoch"]))
-        row["masks"] = np.stack(masks).tobytes() if masks else b""
-        row["controls"] = np.stack(controls).tobytes() if controls else b""
-        row["references"] = np.stack(looked_at).tobytes() if looked_at else b""
-        row["reference_shape"] = list(np.stack(looked_at).shape) if looked_at else []
+            given = list(beside[0]), picture, "train", (width, height), looked_at, digest, row["epoch"]
+            fitted_beside.append(self.beside(*given))
+        references = [each.references for each in fitted_beside if each.references is not None]
+        row["masks"] = joined([each.mask for each in fitted_beside])
+        row["controls"] = joined([each.control for each in fitted_beside])
+        row["references"] = joined(references)
+        row["reference_shape"] = [len(references), *references[0].shape] if references else []
         return row | {"pixels": np.stack(pixels).tobytes(), "conditioning": sizes}
 
 
