@@ -35,7 +35,6 @@ from ray_jobs.metrics.frechet import Moments, frechet_distance
 from ray_jobs.run.records import CONTROL, FID
 from ray_jobs.run.split import VALIDATION
 from ray_jobs.weights.conditioner import load_conditioner
-from ray_jobs.weights.feature_networks import NetworkSet
 from tests.tiny_conditioners import depth_model, pose_model
 from tests.unit.test_affects import configured
 from tests.unit.test_control import changing, small_base
@@ -224,6 +223,7 @@ def controls(control: dict[str, Any], **search: Any) -> Config:
             "name": "x",
             "data": {"source": "x", "control": control, "resolution": SIDE},
             "model": {"base": "x"},
+            "train": {"method": "controlnet"} if control else {},
             "search": {"learning_rates": [1e-4], "ladder": [1], **search},
         }
     )
@@ -276,7 +276,7 @@ def test_only_a_model_with_a_controlnet_sees_control_images_and_both_are_judged_
     )
     seen: list[torch.Tensor] = []
 
-    def measured(batches: Any, by: NetworkSet, captions: Any = ()) -> Features:
+    def measured(batches: Any, *others: Any) -> Features:
         seen.extend(batches)
         return {NETWORK: np.zeros((4, 1), np.float32)}
 

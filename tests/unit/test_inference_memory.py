@@ -244,13 +244,17 @@ def test_models_of_control_images_are_counted_where_they_are_loaded(
 ) -> None:
     base, model = tiny("StableDiffusionPipeline"), str(depth_model(tmp_path))
     control = {"kind": "depth", "model": model}
-    computed = a_config(base, data={"source": "x", "resolution": SIDE, "control": control}, train={})
+    computed = a_config(
+        base, data={"source": "x", "resolution": SIDE, "control": control}, train={"method": "controlnet"}
+    )
     brought = {"sources": [{"path": "x", "control_column": "depth"}], "resolution": SIDE, "control": control}
     plain = [need.networks for need in needs(a_config(base))]
     depth = conditioner_bytes(computed.data.control)
     assert depth > 0
     assert [need.networks for need in needs(computed)] == [depth, plain[1] + depth, 0]
-    assert [need.networks for need in needs(a_config(base, data=brought, train={}))] == [
+    assert [
+        need.networks for need in needs(a_config(base, data=brought, train={"method": "controlnet"}))
+    ] == [
         0,
         plain[1] + depth,
         0,
