@@ -54,6 +54,11 @@ def one_reference(folder: Path) -> dict[str, Any]:
     return {"path": pairs(folder)["path"], "reference_columns": ["before"]}
 
 
+def grey(folder: Path) -> dict[str, Any]:
+    """The same pictures, which follow control images of their own: themselves without colours."""
+    return {"path": pairs(folder)["path"], "control_column": "before"}
+
+
 def masked(folder: Path) -> dict[str, Any]:
     """The same pictures, with masks of what is drawn, and without references."""
     found = pairs(folder)

@@ -16,6 +16,9 @@
 | edits      | FLUX.2 klein                        | pairs, two references, masks | lora                   |
 | edits-stream | Qwen-Image-Edit                   | pairs, two references        | lora, `encode: stream` |
 | fill       | FLUX.1 Fill                         | pictures with masks          | lora                   |
+| control    | Stable Diffusion 1.5                | folder of shapes, buckets    | controlnet, edges      |
+| control-stream | FLUX.1-dev                      | pairs, `encode: stream`      | controlnet, two workers |
+| control-zero-3 | Stable Diffusion 3              | pairs                        | controlnet, ZeRO 3, bf16 |
 | quantized  | FLUX.1-dev                          | folder of shapes             | lora on an int8 base   |
 | kontext    | FLUX.1 Kontext                      | pairs, one reference         | lora                   |
 | assistant  | FLUX.1-schnell                      | folder of shapes             | lora with an assistant |
@@ -153,6 +156,39 @@ JOURNEYS = [
         trainings=1,
     ),
     Journey(
+        "control",
+        "Stable Diffusion 1.5",
+        pictures.folder_of_shapes,
+        {
+            "data": {"control": {"kind": "edges"}, "buckets": True},
+            "train": {"method": "controlnet", "batch_size": 2, "gradient_checkpointing": True},
+            "search": {"learning_rates": [0.02]},
+            "evaluate": {"bootstrap": 8},
+        },
+        trainings=1,
+    ),
+    Journey(
+        "control-stream",
+        "FLUX.1-dev",
+        pictures.grey,
+        {
+            "data": {"encode": "stream"},
+            "train": {"method": "controlnet", "num_workers": 2, "caption_dropout": 0.5},
+            "search": {"learning_rates": [0.02, 0.01], "max_concurrent_trials": 1},
+        },
+    ),
+    Journey(
+        "control-zero-3",
+        "Stable Diffusion 3",
+        pictures.grey,
+        {
+            "train": {"method": "controlnet", "num_workers": 2, "zero_stage": 3, "precision": "bf16"},
+            "search": {"learning_rates": [0.02]},
+        },
+        trainings=1,
+        tolerance=24,
+    ),
+    Journey(
         "quantized",
         "FLUX.1-dev",
         pictures.folder_of_shapes,
@@ -205,6 +241,8 @@ WALKED_IN_PARTS = (
     "quantized",
     "kontext",
     "assistant",
+    "control-stream",
+    "control-zero-3",
     *(journey.name for journey in JOURNEYS if journey.base in FAMILIES_ALONE),
 )
 

@@ -127,7 +127,12 @@ def walk(journey: Journey, config: Config, port: int) -> None:
         winner = json.loads((run / "winner.json").read_text())
         assert winner["ranked_by"] == "preference" and winner["preference_model"].startswith("judge@")
         assert "What the reward model prefers" in (run / "report.html").read_text()
-    if given := files_of(config):
+    given = files_of(config)
+    if "control" in given:
+        winner = json.loads((run / "winner.json").read_text())
+        assert version.has_controlnet and "controlnet" in card and "control.png" in card
+        assert (winner["ranked_by"] == "control") == bool(config.data.control.kind)
+    elif given:
         winner = json.loads((run / "winner.json").read_text())
         assert winner["ranked_by"] == "target" and 0 < winner["unedited_test_target"] < 1
         report = (run / "report.html").read_text(encoding="utf-8")
@@ -152,7 +157,9 @@ def served_picture(url: str, config: Config, prompt: str, model: str) -> Any:
         "size": f"{SIDE}x{SIDE}",
     }
     given = files_of(config)
-    mask = given.pop("mask", None)
+    mask, control = given.pop("mask", None), given.pop("control", None)
+    if control is not None and model != "base":
+        body["control_image"] = base64.b64encode(_file(control)).decode()
     if mask is not None:  # OpenAI's form: transparent where it is to be painted
         mask.putalpha(mask.convert("L").point(lambda level: 255 * (level < 128)))
     images = [_file(picture) for picture in given.values()]
@@ -164,8 +171,11 @@ def served_picture(url: str, config: Config, prompt: str, model: str) -> Any:
 
 
 def files_of(config: Config) -> dict[str, Image.Image]:
-    """What the card's program opens: a picture for each column of references, or one and its mask."""
+    """What the card's program opens: a picture for each column of references, or one and its mask, or what a
+    ControlNet follows."""
     source = config.data.sources[0]
+    if config.data.has_control:
+        return {"control": draw(captions()[0], 0).convert("L").convert("RGB").resize((SIDE, SIDE))}
     if source.mask_column and not source.reference_columns:
         before = draw(captions()[0], 0).resize((SIDE, SIDE))
         return {"before": before, "mask": before.convert("L").point(lambda level: 255 * (level < 250))}
