@@ -104,6 +104,12 @@ TESTS = {
     "paintings are the pipeline's, in mixed batches": (
         f"{SERVING}served_masks.py::test_every_painting_in_a_changing_batch_is_that_of_the_plain_pipeline"
     ),
+    "ControlNets are trained, for diffusers": (
+        f"{UNIT}control_training.py::test_a_training_writes_a_control_net_that_plain_diffusers_reads"
+    ),
+    "what a ControlNet steers is the pipeline's, in mixed batches": (
+        f"{SERVING}served_control.py::test_every_steered_row_of_a_changing_batch_is_that_of_the_plain_pipeline"
+    ),
     "adapters mixed in a batch": (
         f"{SERVING}adapters.py::test_every_family_mixes_adapters_of_its_denoiser_and_text_encoders"
     ),
@@ -127,6 +133,8 @@ FACETS: Mapping[str, Callable[[Family], bool]] = {
     "edits are the pipeline's, in mixed batches": lambda family: bool(family.max_references),
     "painting into masks": lambda family: family.paints_masks,
     "paintings are the pipeline's, in mixed batches": lambda family: family.paints_masks,
+    "ControlNets are trained, for diffusers": lambda family: bool(family.control),
+    "what a ControlNet steers is the pipeline's, in mixed batches": lambda family: bool(family.control),
     "`serve.cache_features`": lambda family: family.is_unet,
     "adapters for ComfyUI": lambda family: family.comfyui_layer(family.denoiser, "layer") is not None,
 }

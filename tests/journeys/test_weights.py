@@ -76,9 +76,13 @@ def scored_picture(config: Config, folder: Path) -> Any:
     return batch[0].permute(1, 2, 0).numpy().astype(int)
 
 
-# FLUX.1 Fill draws with a mask only, and Qwen-Image-Edit with a picture: the journeys themselves, and
-# tests/serving/test_served_masks.py and test_served_edits.py.
-DRAWN_FROM_TEXT = [journey for journey in JOURNEYS if journey.name not in ("fill", "edits-stream")]
+# FLUX.1 Fill draws with a mask only, Qwen-Image-Edit with a picture, and a ControlNet follows one: see the
+# journeys, and tests/serving/test_served_masks.py, test_served_edits.py and test_served_control.py.
+DRAWN_FROM_TEXT = [
+    journey
+    for journey in JOURNEYS
+    if journey.name not in ("fill", "edits-stream") and not journey.name.startswith("control")
+]
 
 
 def without_references(config: Config) -> Config:
