@@ -7,6 +7,8 @@ lora, full: training takes 0.95 or more of the images a second of a plain loop o
     (forward, loss, backward, clip, AdamW). The plain loop's batch lies in memory as the family's own pipeline
     gives it to the denoiser. Ours decodes no picture either, but makes its inputs from stored rows, draws the
     posterior, and keeps averaged weights.
+control: training of a ControlNet beside the frozen base, of families that have them; the plain loop calls both
+    as the family's pipeline with a ControlNet does.
 edits: LoRA training with a reference picture of the same size a row, of families that take them.
 served: eight requests that differ in prompt, seed, steps and guidance, drawn by one engine, take at most 1 /
     1.5 of the time of the family's own pipeline called eight times. The pictures are equal.
@@ -37,6 +39,7 @@ from benchmarks.train.measuring import timed_turns
 from benchmarks.train.rivals import Optimizing, ddpm_scheduler
 from ray_jobs.config import Config, TrainConfig
 from ray_jobs.diffusion.families import FAMILIES, Family
+from ray_jobs.diffusion.families.control import CONTROLNET
 from ray_jobs.diffusion.families.family import reference
 from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
 from ray_jobs.diffusion.finetuning import add_lora
@@ -50,8 +53,8 @@ from tests.serving import plain_diffusers
 
 RESULTS = Path(__file__).parent / "results" / "families.json"
 METHODS = ("lora", "full")
-EDITS, SERVED_EDITS = "edits", "served-edits"
-GATES = {"lora": 0.95, "full": 0.95, EDITS: 0.95, "served": 1.5, SERVED_EDITS: 1.5}
+CONTROL, EDITS, SERVED_EDITS = "control", "edits", "served-edits"
+GATES = {"lora": 0.95, "full": 0.95, CONTROL: 0.95, EDITS: 0.95, "served": 1.5, SERVED_EDITS: 1.5}
 TURNS, STEPS = {"small": 1, "full": 5}, {"small": 1, "full": 6}
 DRAWING_TURNS = {"small": 1, "full": 3}
 SIDE = 64  # pixels
@@ -88,7 +91,11 @@ class PlainLoop(Optimizing):
             )
         else:
             denoiser.requires_grad_(True)
-        super().__init__(denoiser.train(), train)
+        self.begin(pipeline, family, denoiser, train)
+
+    def begin(self, pipeline: Any, family: Family, trained: Any, train: TrainConfig) -> None:
+        """Set the optimizer and the noise."""
+        Optimizing.__init__(self, trained.train(), train)
         flow = isinstance(family.schedule, RectifiedFlow)
         self.scheduler = None if flow else ddpm_scheduler(pipeline)
 
@@ -104,8 +111,7 @@ class PlainLoop(Optimizing):
             part = position.reshape(-1, *[1] * (clean.dim() - 1))
             noisy, target = (1 - part) * clean + part * noise, noise - clean
             told = (position * time.max().clamp(max=1000.0)).to(time.dtype)
-        arguments, options = _replaced(self.call, noisy, told)
-        output = self.unet(*arguments, **options)[0]
+        output = self.predict(noisy, told)
         output = torch.stack(output) if isinstance(output, list) else output
         if output.dim() == 3:  # tokens: Qwen-Image 2.1 returns the captions' too
             output = output[:, -target.shape[1] :]
@@ -114,15 +120,58 @@ class PlainLoop(Optimizing):
             target = pixel_unshuffle(target, 2).unflatten(1, (-1, 4)).flatten(3).transpose(2, 3)
         return mse_loss(output[:, : target.shape[1]], target)  # PixArt returns variances too
 
+    def predict(self, noisy: torch.Tensor, told: torch.Tensor) -> Any:
+        """Return the denoiser's output for noisy latents at times as it is told them."""
+        arguments, options = _replaced(self.call, noisy, told)
+        return self.unet(*arguments, **options)[0]
+
     def step(self) -> None:
         self.backward(self.forward())
         self.update()
 
 
-def denoiser_call(pipeline: Any, family: Family, *, with_reference: bool = False) -> Call:
-    """Return the arguments of the denoiser's first call by its own pipeline, for all of `PROMPTS` at once."""
+class PlainControlLoop(PlainLoop):
+    """Trains a ControlNet beside its frozen base, both called as diffusers' own pipeline calls them."""
+
+    def __init__(self, pipeline: Any, family: Family, train: TrainConfig) -> None:
+        control = family.control
+        assert control
+        torch.manual_seed(0)
+        denoiser = getattr(pipeline, family.denoiser)
+        steered: Any = control.pipeline(pipeline, control.network(denoiser))
+        self.denoiser = denoiser.requires_grad_(False)
+        given: dict[str, Any] = {
+            control.image_argument: [Image.fromarray(each) for each in noise_pictures(len(PROMPTS))]
+        }
+        self.call, self.control_call = (
+            denoiser_call(steered, family, component=name, **given) for name in (family.denoiser, CONTROLNET)
+        )
+        self.added = [
+            name
+            for name, value in self.call[1].items()
+            if ("controlnet" in name or "additional_residual" in name) and not isinstance(value, bool)
+        ]
+        self.begin(pipeline, family, steered.controlnet.requires_grad_(True), train)
+
+    def predict(self, noisy: torch.Tensor, told: torch.Tensor) -> Any:
+        arguments, options = _replaced(self.control_call, noisy, told)
+        outputs = self.unet(*arguments, **options)
+        arguments, options = _replaced(self.call, noisy, told)
+        options |= dict(zip(self.added, outputs, strict=True))
+        return self.denoiser(*arguments, **options)[0]
+
+
+def denoiser_call(
+    pipeline: Any, family: Family, *, with_reference: bool = False, component: str = "", **further: Any
+) -> Call:
+    """Return the arguments of the denoiser's first call by its own pipeline, for all of `PROMPTS` at once.
+
+    Args:
+        component: name of another component, whose call it is.
+        further: arguments of the pipeline.
+    """
     calls: list[Call] = []
-    denoiser = getattr(pipeline, family.denoiser)
+    denoiser = getattr(pipeline, component or family.denoiser)
 
     def record(_: object, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         kept = {name: value for name, value in options.items() if not name.startswith("kv_cache")}
@@ -131,7 +180,8 @@ def denoiser_call(pipeline: Any, family: Family, *, with_reference: bool = False
     hook = denoiser.register_forward_pre_hook(record, with_kwargs=True)
     steps = 2  # one step would be the first and the last, 0 / 0 in some schedules
     given: dict[str, Any] = {"num_inference_steps": steps, "height": SIDE, "width": SIDE}
-    given |= {"output_type": "latent"} | family.guidance_arguments(denoiser.config, 1.0)
+    settings = getattr(pipeline, family.denoiser).config
+    given |= {"output_type": "latent"} | family.guidance_arguments(settings, 1.0) | further
     given |= {"image": Image.fromarray(noise_pictures(1)[0])} if with_reference else {}
     plain_diffusers.keep_size(pipeline, SIDE, SIDE)
     with torch.no_grad():
@@ -176,9 +226,11 @@ def noise_pictures(count: int) -> np.ndarray:
 
 
 def config_of(folder: Path, method: str) -> Config:
-    source: dict[str, Any] = {"path": "unused"} | (
-        {"reference_columns": ["before"]} if method == EDITS else {}
-    )
+    columns: dict[str, dict[str, Any]] = {
+        EDITS: {"reference_columns": ["before"]},
+        CONTROL: {"control_column": "edges"},
+    }
+    source: dict[str, Any] = {"path": "unused"} | columns.get(method, {})
     return Config.model_validate(
         {
             "name": "families",
@@ -186,7 +238,7 @@ def config_of(folder: Path, method: str) -> Config:
             "data": {"sources": [source], "resolution": SIDE},
             "model": {"base": str(folder)},
             "train": {
-                "method": "lora" if method == EDITS else method,
+                "method": {EDITS: "lora", CONTROL: "controlnet"}.get(method, method),
                 "batch_size": len(PROMPTS),
                 "num_workers": 1,
                 "precision": "fp32",
@@ -215,6 +267,8 @@ def our_loop(config: Config) -> Loop:
         rows |= encoders.encode_shown(prompts, np.stack([pixels] * config.data.num_references, axis=1))
     else:
         rows |= encoders.encode_captions(prompts)
+    if (control := encoders.family.control) is not None:
+        rows["control"] = mean if control.form == "latents" else torch.from_numpy(pixels).permute(0, 3, 1, 2)
     rows |= encoders.encode_masked(tiny_models.half_painted(pixels))
     pipeline, model = build_model(config)
     return Loop(config, pipeline, model, encoders.encode_captions([""]), rows, torch.device("cpu"))
@@ -224,7 +278,11 @@ def training(folder: Path, family: Family, method: str, size: str) -> dict[str, 
     """Return images a second of both loops, and the ratio of ours to the plain one's."""
     config, edits = config_of(folder, method), method == EDITS
     with our_loop(config) as ours:
-        plain = PlainLoop(plain_diffusers.load(folder), family, config.train, with_reference=edits)
+        loaded = plain_diffusers.load(folder)
+        if method == CONTROL:
+            plain: PlainLoop = PlainControlLoop(loaded, family, config.train)
+        else:
+            plain = PlainLoop(loaded, family, config.train, with_reference=edits)
         loops = {"ours": ours.step, "plain": plain.step}
         seconds = timed_turns(loops, turns=TURNS[size], steps=STEPS[size])
     speeds = {name: len(PROMPTS) / median(turns) for name, turns in seconds.items()}
@@ -275,6 +333,8 @@ def measure(name: str, size: str, parts: Collection[str] = tuple(GATES)) -> dict
     """Return a family's figures by part, those that it has, and its lines."""
     torch.set_num_threads(1)
     family, trained, drawn = FAMILIES[name], [*METHODS], {"served": REQUESTS}
+    if family.control:
+        trained.append(CONTROL)
     if family.max_references:
         trained.append(EDITS)
         drawn[SERVED_EDITS] = edit_requests()

@@ -224,6 +224,7 @@ class Loop:
             seed=config.seed,
             caption_dropout=train.caption_dropout,
             num_references=config.data.num_references,
+            has_control=config.data.has_control,
         )
         engine = build_engine(model, train, 1, device)
         self.meter = Meter("bench-gpu", [STEPS], train, None, 1, StartUp())  # rank 0 asks Ray for preemptions
