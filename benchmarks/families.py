@@ -7,8 +7,8 @@ lora, full: training takes 0.95 or more of the images a second of a plain loop o
     (forward, loss, backward, clip, AdamW). The plain loop's batch lies in memory as the family's own pipeline
     gives it to the denoiser. Ours decodes no picture either, but makes its inputs from stored rows, draws the
     posterior, and keeps averaged weights.
-control: training of a ControlNet beside the frozen base, of families that have them; the plain loop calls both
-    as the family's pipeline with a ControlNet does.
+control: training of a ControlNet beside the frozen base, of families that have them; the plain loop calls
+    both as the family's pipeline with a ControlNet does.
 edits: LoRA training with a reference picture of the same size a row, of families that take them.
 served: eight requests that differ in prompt, seed, steps and guidance, drawn by one engine, take at most 1 /
     1.5 of the time of the family's own pipeline called eight times. The pictures are equal.

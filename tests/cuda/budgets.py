@@ -29,11 +29,13 @@ PLAIN = {
     "FluxPipeline",
 }  # families that also take steps of further cases, packs too
 # What diffusers 0.42.1 copies to the device in each call of a transformer: Chroma's constant for guidance,
-# Qwen-Image's and Lumina 2's tables of rotary positions, HiDream's number of patches.
+# Qwen-Image's and Lumina 2's tables of rotary positions, HiDream's number of patches. Qwen-Image-Edit is told
+# which tokens are of references, too.
 COPIES_OF_DIFFUSERS = {
     "ChromaPipeline": 1,
     "HiDreamImagePipeline": 1,
     "QwenImagePipeline": 1,
+    "QwenImageEditPlusPipeline": 2,
     "Lumina2Pipeline": 3,
 }
 # Lumina 2 in diffusers asks the mask for the captions' lengths. Each of HiDream's four blocks counts the

@@ -9,10 +9,12 @@ import torch
 
 from benchmarks import families
 from benchmarks.families import (
+    CONTROL,
     EDITS,
     GATES,
     PROMPTS,
     SERVED_EDITS,
+    PlainControlLoop,
     PlainLoop,
     config_of,
     denoiser_call,
@@ -30,8 +32,9 @@ NAME = "PixArtSigmaPipeline"
 @pytest.mark.slow
 def test_a_family_is_measured_and_its_pictures_are_the_pipelines() -> None:
     found = json.loads(json.dumps(measure(NAME, "small")))
-    assert all(found[part]["ratio"] > 0 for part in GATES.keys() - {EDITS, SERVED_EDITS})
-    assert not found.keys() & {EDITS, SERVED_EDITS}, "it takes no references"
+    others = {CONTROL, EDITS, SERVED_EDITS}
+    assert all(found[part]["ratio"] > 0 for part in GATES.keys() - others)
+    assert not found.keys() & others, "it takes no references, and has no ControlNets"
     edits = measure("FluxKontextPipeline", "small", [SERVED_EDITS])[SERVED_EDITS]
     assert edits["ratio"] > 0 and edits["largest_difference"] <= 0.55
     assert found["served"]["largest_difference"] <= 0.55  # of 255 levels
@@ -40,11 +43,12 @@ def test_a_family_is_measured_and_its_pictures_are_the_pipelines() -> None:
     assert "lora 0.50 (below 0.95), " in tell(NAME, found) and "served 2.00; " in tell(NAME, found)
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", "full", CONTROL])
 def test_the_plain_loop_trains_as_many_weights_as_ours(tiny_flux: Path, method: str) -> None:
     config = config_of(tiny_flux, method)
     _, model = build_model(config)
-    loop = PlainLoop(plain_diffusers.load(tiny_flux), FAMILIES["FluxPipeline"], config.train)
+    kind = PlainControlLoop if method == CONTROL else PlainLoop
+    loop = kind(plain_diffusers.load(tiny_flux), FAMILIES["FluxPipeline"], config.train)
     assert sum(p.numel() for p in loop.trained) == sum(p.numel() for _, p in model.all_trained)
     before = [parameter.clone() for parameter in loop.trained]
     for _ in range(2):  # the first step only moves the half of a LoRA that is 0
