@@ -23,6 +23,7 @@ from diffusers import (
     Flux3Transformer2DModel,
     FluxTransformer2DModel,
     HiDreamImageTransformer2DModel,
+    Ideogram4Transformer2DModel,
     Krea2Transformer2DModel,
     Lumina2Transformer2DModel,
     PixArtTransformer2DModel,
@@ -259,6 +260,9 @@ PUBLISHED = {
     ),
     "Krea 2": Published(
         "Krea2Pipeline", Krea2Transformer2DModel, {}, 12.8, (28 + 4) * 5, AutoencoderKLQwenImage
+    ),
+    "Ideogram 4": Published(
+        "Ideogram4Pipeline", Ideogram4Transformer2DModel, {}, 9.28, 34 * 7, AutoencoderKLFlux2
     ),
     "Chroma": Published("ChromaPipeline", ChromaTransformer2DModel, {}, 8.90, 19 * 8 + 38 * 3),
     "HiDream-I1": Published(

@@ -59,7 +59,7 @@ class FineTuning(nn.Module):
         super().__init__()
         self.family, self.objective, self.settings = family, objective, settings
         self.pipeline_config = dict(pipeline.config)
-        first, *others = family.model(pipeline).items()
+        first, *others = (each for each in family.model(pipeline).items() if each[0] not in family.helpers)
         self.denoiser: Denoiser = first[1]
         self.further_denoisers: Any = nn.ModuleDict(dict(others))
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -160,7 +160,7 @@ class FineTuning(nn.Module):
         """Replace dropped captions, given as the encoded empty caption, by the unconditional embedding."""
         captions = {name: conditions[name] for name in self.family.text.embeds}
         none = self.family.text.unconditional(self.pipeline_config, captions)
-        if none is captions:
+        if none is captions or self.family.helpers:  # which are not trained: the empty caption stays
             return conditions
         return conditions | {
             name: torch.where(per_row(dropped, tensor), none[name], tensor)

@@ -59,7 +59,7 @@ def first_noise(
     """
     if family.paints_masks or (is_controlled and family.control and family.control.draws_first):
         initial_noise(generators, family.codec.unpacked_shape(shape))
-    return initial_noise(generators, shape)
+    return torch.cat([family.codec.noise(generator, shape) for generator in generators])
 
 
 @torch.no_grad()

@@ -182,7 +182,7 @@ class _Parts:
         base, revision = local_path(config.model.base), config.model.revision
         index = read_index(base, revision)
         self.family: Family = family_of(index["_class_name"])
-        wanted = (*self.family.denoisers, "vae", *self.family.text.encoders)
+        wanted = (*self.family.networks, "vae", *self.family.text.encoders)
         self.dtypes = dtypes_of(model_folder(base, revision=revision), index, PRECISIONS[precision])
         self.pipeline: Any = empty_model(base, wanted, revision=revision)
         self.names = [name for name in wanted if getattr(self.pipeline, name) is not None]
@@ -192,7 +192,7 @@ class _Parts:
             self.names.append(CONTROLNET)
             self.dtypes[CONTROLNET] = self.dtype(self.family.denoiser)
         if stored:
-            for name in self.family.denoisers:
+            for name in self.family.networks:
                 quantize(getattr(self.pipeline, name), stored)
         if config.model.quantize_text:
             for encoder in self.family.text.present(self.pipeline).values():

@@ -65,6 +65,7 @@ def _load_base(config: Config) -> tuple[Pipeline, Family]:
     family = family_of(read_index(base, revision)["_class_name"])
     # Captions are already encoded; a T5 would take ten gigabytes on each worker for nothing.
     without = () if config.train.train_text_encoder else family.text.encoders
+    without = (*without, *family.helpers)
     # What is trained, or copied to be, begins in fp32, as the engine updates it; a frozen base is read as it
     # is used.
     dtype = PRECISIONS[config.train.precision if config.train.method == "lora" else "fp32"]

@@ -120,7 +120,7 @@ def read_pipeline(
     index = read_index(str(folder))
     options = left_out(index, without)
     dtypes, chosen = dtypes_of(folder, index, dtype), variants(folder)
-    formats = dict.fromkeys(family.denoisers, quantization)
+    formats = dict.fromkeys(family.networks, quantization)
     formats |= dict.fromkeys(family.text.encoders, text_quantization)
     loaded = (chosen.keys() & index.keys()) - options.keys()
     modular = is_modular(index)
@@ -148,7 +148,7 @@ def read_pipeline(
     pipeline = assembled(folder, index, options) if modular else _classic(folder, index, options, dtypes)
     family.loaded(pipeline)
     for name in rounded:
-        cast = to_precision if name in family.denoisers else cast_weights
+        cast = to_precision if name in family.networks else cast_weights
         cast(getattr(pipeline, name), computed_in[name])
     return pipeline
 
@@ -201,7 +201,7 @@ def dtypes_of(folder: Path, index: Mapping[str, Any], dtype: torch.dtype) -> dic
     """
     others = dtype if dtype == torch.bfloat16 else torch.float32
     found = {"default": others, "vae": torch.float32 if _upcast(folder, index) else others}
-    return found | dict.fromkeys(family_of(index["_class_name"]).denoisers, dtype)
+    return found | dict.fromkeys(family_of(index["_class_name"]).networks, dtype)
 
 
 def _upcast(folder: Path, index: Mapping[str, Any]) -> bool:

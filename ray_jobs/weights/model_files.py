@@ -215,7 +215,7 @@ def not_encoders() -> tuple[str, ...]:
     """Return the folders of models that are not needed to encode images and captions."""
     from ray_jobs.diffusion.families import FAMILIES  # imports PyTorch
 
-    denoisers = {name: None for family in FAMILIES.values() for name in family.denoisers}
+    denoisers = {name: None for family in FAMILIES.values() for name in family.networks}
     return (*denoisers, "scheduler", *UNUSED)
 
 

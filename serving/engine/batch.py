@@ -27,7 +27,7 @@ class Batch:
         conditions: the denoiser's conditions, N + G x ..., those without a caption last.
         guided: int64, G: indices of the rows with guidance.
         guidance_scales: float32, G.
-        stacks: adapter updates for the N + G rows.
+        stacks: adapter updates for the N + G rows, or for the N rows if the family has `helpers`.
         controls: what a ControlNet looks at in each of these rows, and how much that counts; None: nothing.
         shares: slices of this batch made so far, by start and stop.
     """
@@ -59,7 +59,9 @@ class Batch:
         if MASK in conditions:
             conditions[LENGTHS] = conditions[MASK].sum(dim=1).cpu()
         scales = torch.tensor([row.request.guidance_scale for row in rows], device=device)
-        adapters = [row.adapter for row in rows] + [rows[i].adapter for i in guided]
+        adapters = [row.adapter for row in rows]
+        if not family.helpers:  # which predict without a caption, and have no adapters
+            adapters += [rows[i].adapter for i in guided]
         index = torch.tensor(guided, dtype=torch.int64, device=device)
         if family.guidance_embedded(denoiser):
             conditions["guidance"] = scales
@@ -78,9 +80,10 @@ class Batch:
         """Return the inputs of a slice of the N + G rows; cached, since many steps use it."""
         key = part.start, part.stop
         if key not in self.shares:
+            adapted = slice(part.start, min(part.stop, len(self.rows))) if self.family.helpers else part
             self.shares[key] = Share(
                 {name: each[part] for name, each in self.conditions.items()} | self._control(part),
-                {place: update.of(part) for place, update in self.stacks.items()},
+                {place: update.of(adapted) for place, update in self.stacks.items()},
             )
         return self.shares[key]
 

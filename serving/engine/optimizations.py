@@ -75,8 +75,8 @@ def prepare(
         merge(pipeline, fuse)
     if offload == "none":
         pipeline.to(device)
-    if int8_weights:
-        quantize(denoiser, "int8")
+    for name in family.networks if int8_weights else ():
+        quantize(getattr(pipeline, name), "int8")
     if channels_last:
         denoiser.to(memory_format=torch.channels_last)
     if compile:

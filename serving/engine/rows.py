@@ -77,6 +77,10 @@ def check_request(
         raise RequestError(
             "negative_prompt", "not supported: this model takes the guidance scale as an input"
         )
+    if request.negative_prompt is not None and family.helpers:
+        raise RequestError(
+            "negative_prompt", "not supported: guidance leads this model away from drawing without a caption"
+        )
     for text in (request.prompt, request.negative_prompt or ""):
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise RequestError("prompt", "contains an unpaired surrogate, which is not valid Unicode")

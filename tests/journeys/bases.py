@@ -209,6 +209,7 @@ BASES: dict[str, Callable[[Path], Path]] = {
     "Qwen-Image": partial(half, "QwenImagePipeline", sharded=SHARDED),
     "Qwen-Image-Edit": partial(half, "QwenImageEditPlusPipeline", sharded=SHARDED),
     "Qwen-Image 2.1": partial(half, "QwenImage21Pipeline", sharded=SHARDED),
+    "Ideogram 4": partial(half, "Ideogram4Pipeline", sharded=SHARDED),
     "Krea 2": partial(half, "Krea2Pipeline", sharded=SHARDED),
     "HiDream-I1": partial(half, "HiDreamImagePipeline", sharded=SHARDED),
     "Sana": partial(half, "SanaPipeline", sharded=SHARDED),

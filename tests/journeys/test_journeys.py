@@ -206,6 +206,7 @@ JOURNEYS = [
         "assistant", "FLUX.1-schnell", pictures.folder_of_shapes, {"train": {"batch_size": 2}}, assistant=True
     ),
 ]
+GUIDED = {"evaluate": {"guidance_scale": 3.0}}
 FAST = {"search": {"learning_rates": [0.4, 0.2]}}  # else two steps would not change a picture
 FAMILIES_ALONE: Mapping[str, Mapping[str, Any]] = {
     "FLUX.2 dev": {"data": {"buckets": True}, "train": {"batch_size": 2}},
@@ -213,6 +214,7 @@ FAMILIES_ALONE: Mapping[str, Mapping[str, Any]] = {
     "FLUX.3 klein, distilled": {"train": {"batch_size": 2}, "evaluate": {"guidance_scale": 1.0}} | FAST,
     "Qwen-Image": {"data": {"buckets": True}, "train": {"batch_size": 2}} | FAST,
     "Qwen-Image 2.1": {"train": {"batch_size": 2, "gradient_checkpointing": True}} | FAST,
+    "Ideogram 4": {"data": {"buckets": True}, "train": {"batch_size": 2}} | GUIDED | FAST,
     "Sana": {"train": {"method": "full"}, "search": {"learning_rates": [3e-3, 1e-3]}},
     "Lumina 2": {"data": {"buckets": True}, "train": {"batch_size": 2}},
     "AuraFlow": {"data": {"encode": "stream"}, "search": {"max_concurrent_trials": 1}},

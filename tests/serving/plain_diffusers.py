@@ -166,7 +166,8 @@ def understood(pipeline: Any, request: Request) -> Request:
     """The request without guidance, or without its negative prompt, where the model takes none."""
     family = family_of(pipeline)
     scale = guidance(pipeline, request.guidance_scale)
-    if scale == 1 or family.guidance_embedded(getattr(pipeline, family.denoiser)):
+    embedded = family.guidance_embedded(getattr(pipeline, family.denoiser))
+    if scale == 1 or embedded or family.helpers:
         return replace(request, guidance_scale=scale, negative_prompt=None)
     return request
 

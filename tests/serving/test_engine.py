@@ -317,6 +317,11 @@ def test_prompt_embeddings_are_kept_and_the_oldest_are_dropped(tiny_model: Path)
             {"negative_prompt": "a"},
             "negative_prompt: not supported: this model",
         ),
+        (
+            "Ideogram4Pipeline",
+            {"negative_prompt": "a"},
+            "negative_prompt: not supported: guidance leads this model away",
+        ),
     ],
 )
 def test_what_a_model_cannot_draw_is_refused_before_it_joins_a_batch(

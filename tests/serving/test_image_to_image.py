@@ -32,13 +32,14 @@ def picture(height: int, width: int, number: int = 0) -> torch.Tensor:
     return torch.frombuffer(bytearray(drawn.tobytes()), dtype=torch.uint8).reshape(height, width, 3)
 
 
-# Above with its schedulers; diffusers has no such pipeline for FLUX.2 and 3.
+# Above with its schedulers; diffusers has no such pipeline for FLUX.2 and 3 and Ideogram 4.
 NOT_COMPARED = (
     "StableDiffusionPipeline",
     "Flux2KleinPipeline",
     "Flux2Pipeline",
     "Flux3ModularPipeline",
     "Flux3DistilledModularPipeline",
+    "Ideogram4Pipeline",
 )
 SQUARE, WIDE = (64, 64), (32, 64)
 MIXED = [

@@ -23,6 +23,7 @@ from ray_jobs.diffusion.sampling import (
     encode_masked,
     encode_prompts,
     initial_noise,
+    null_captions,
     sample_latents,
     seeded,
     whole_pictures,
@@ -66,6 +67,9 @@ def encoded_by_diffusers(pipeline: Any) -> dict[str, torch.Tensor]:
         return {"prompt_embeds": pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False)[0]}
     if kind == "ZImagePipeline":
         return _padded(pipeline.encode_prompt(list(PROMPTS), do_classifier_free_guidance=False)[0], 512)
+    if kind == "Ideogram4Pipeline":  # words, of which there are 3 kinds of tokens, are on the left
+        embeds, _, _, roles = pipeline.encode_prompt(PROMPTS, 4, 6, 128, torch.device("cpu"))
+        return _padded([row[role == 3] for row, role in zip(embeds, roles, strict=True)], 1024)
     if kind == "Krea2Pipeline":  # it pads before the template's end
         embeds, mask = pipeline.encode_prompt(PROMPTS)
         return _padded([row[real] for row, real in zip(embeds, mask, strict=True)], 512)
@@ -119,6 +123,13 @@ def given(pipeline: Any) -> Conditions:
     return found
 
 
+def without_caption(pipeline: Any) -> dict[str, torch.Tensor]:
+    """What guidance leads away from: an empty caption, or none where another network predicts without."""
+    if family_of(pipeline).helpers:
+        return null_captions(pipeline)
+    return encode_prompts(pipeline, [""], negative=True)
+
+
 def predict(pipeline: Any, **more: torch.Tensor) -> torch.Tensor:
     """One step's prediction for the prompts, with further conditions."""
     family = family_of(pipeline)
@@ -152,14 +163,14 @@ def test_a_picture_is_that_of_the_plain_pipeline(folder: Path, guidance_scale: f
         pipeline.scheduler,
         noise(pipeline),
         encode_prompts(pipeline, PROMPTS) | given(pipeline),
-        None if embedded else encode_prompts(pipeline, [""], negative=True),
+        None if embedded else without_caption(pipeline),
         num_steps=4,
         guidance_scale=guidance(pipeline, guidance_scale),
     )
     plain_diffusers.keep_size(theirs, HEIGHT, WIDTH)
     options: dict[str, Any] = {"num_inference_steps": 4, "height": HEIGHT, "width": WIDTH}
     options |= {"latents": _for_diffusers(theirs, noise(pipeline))}
-    options |= {} if embedded else {"negative_prompt": ["", ""]}
+    options |= {} if embedded or family.helpers else {"negative_prompt": ["", ""]}
     options |= family.guidance_arguments(denoiser.config, guidance_scale)
     if "negative_prompt" in options:
         options["negative_prompt"] = ["", ""]
@@ -174,6 +185,8 @@ def test_a_picture_is_that_of_the_plain_pipeline(folder: Path, guidance_scale: f
 
 def _for_diffusers(theirs: Any, latents: torch.Tensor, rows: int = 2) -> torch.Tensor:
     """The latents as the pipeline takes them: those of some as tokens."""
+    if type(theirs).__name__ == "Ideogram4Pipeline":
+        return latents.flatten(2).transpose(1, 2)
     if not hasattr(theirs, "_unpack_latents"):
         return latents
     tokens: torch.Tensor = theirs._pack_latents(latents, rows, 4, *latents.shape[-2:])
@@ -190,7 +203,7 @@ def _from_diffusers(theirs: Any, family: Any, latents: torch.Tensor) -> torch.Te
     if type(theirs).__name__ == "Flux2KleinPipeline":  # as the autoencoder decodes them
         shift, scale = (per_channel(part, latents) for part in family.codec.scale(theirs.vae))
         return (family.codec.pack(latents) - shift) * scale
-    if type(theirs).__name__ == "Flux2Pipeline":
+    if type(theirs).__name__ in ("Flux2Pipeline", "Ideogram4Pipeline"):
         return latents.transpose(1, 2).unflatten(2, (HEIGHT // 16, WIDTH // 16))
     return latents
 
@@ -259,7 +272,7 @@ def test_every_row_has_its_own_guidance(folder: Path) -> None:
             pipeline.scheduler,
             noise(pipeline),
             encode_prompts(pipeline, PROMPTS) | given(pipeline),
-            encode_prompts(pipeline, [""], negative=True),
+            without_caption(pipeline),
             num_steps=2,
             guidance_scale=guidance_scale,
         )
@@ -293,19 +306,20 @@ def test_recomputed_activations_change_neither_prediction_nor_gradients(folder: 
     for recompute in (False, True):
         pipeline = load_pipeline(str(folder))
         family = family_of(pipeline)
-        for denoiser in family.model(pipeline).values():
+        parts = {name: getattr(pipeline, name) for name in family.denoisers}
+        for denoiser in parts.values():
             denoiser.requires_grad_(True).train()
             if recompute:
                 functions.append(EveryNth(every))
                 family.enable_gradient_checkpointing(denoiser, functions[-1])
         predicted = predict(pipeline)
         predicted.square().mean().backward()
-        parameters = [p for part in family.model(pipeline).values() for p in part.parameters()]
+        parameters = [p for part in parts.values() for p in part.parameters()]
         found.append([predicted, *(p.grad for p in parameters if p.grad is not None)])
     assert len(found[0]) > 10
     for plain, recomputed in zip(*found, strict=True):
         assert torch.allclose(plain, recomputed, atol=1e-6)
-    for denoiser, function in zip(family.model(pipeline).values(), functions, strict=True):
+    for denoiser, function in zip(parts.values(), functions, strict=True):
         blocks = {getattr(block, "__self__", block) for block in function.numbers}  # or its `forward`
         assert blocks == set(family.recomputed_blocks(denoiser))
 
@@ -449,6 +463,8 @@ def test_the_layers_for_lora_are_all_of_a_denoisers_attention(folder: Path) -> N
         for name, layer in denoiser.named_modules()
         if isinstance(layer, torch.nn.Linear) and re.search(r"\.(attn|attention\.)", name)
     }
+    if "w1" in family.trainable[family.denoiser]:  # there also its feed-forward layers
+        linear |= {name for name, _ in denoiser.named_modules() if re.search(r"feed_forward\.w[123]$", name)}
     if "add_q_proj" not in family.trainable[family.denoiser]:  # as diffusers' own training of this family
         linear = {name for name in linear if not re.search(r"\.(add_[qkv]_proj|to_add_out)$", name)}
     targets = family.trainable[family.denoiser]

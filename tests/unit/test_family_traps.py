@@ -23,7 +23,7 @@ from ray_jobs.data.encoding.shapes import picture_shapes
 from ray_jobs.data.encoding.tensors import as_torch, read_tensors
 from ray_jobs.diffusion.families import FAMILIES, family_of, flux_2_dev, qwen_image_2_1
 from ray_jobs.diffusion.precision import cast, to_precision
-from ray_jobs.diffusion.sampling import encode_pictures, encode_prompts
+from ray_jobs.diffusion.sampling import encode_pictures, encode_prompts, null_captions
 from ray_jobs.training.setup import build_engine, build_model
 from ray_jobs.weights.loading import LORA_WEIGHTS, load_pipeline
 from ray_jobs.weights.saving import save_lora
@@ -33,7 +33,7 @@ from tests.serving import plain_diffusers
 
 Z_IMAGE, KLEIN, QWEN = "ZImagePipeline", "Flux2KleinPipeline", "QwenImagePipeline"
 KREA, DEV, HIDREAM = "Krea2Pipeline", "Flux2Pipeline", "HiDreamImagePipeline"
-QWEN_2_1 = "QwenImage21Pipeline"
+QWEN_2_1, IDEOGRAM = "QwenImage21Pipeline", "Ideogram4Pipeline"
 CAPTIONS = ["a small red circle", "a big blue cross and a very small purple square beside it"]
 
 
@@ -54,7 +54,38 @@ def predict(pipeline: Any, conditions: dict[str, torch.Tensor]) -> torch.Tensor:
     return family.denoise(family.model(pipeline), noisy, timesteps, conditions)
 
 
-@pytest.mark.parametrize("name", [Z_IMAGE, QWEN, KREA, QWEN_2_1])
+def test_a_network_that_predicts_without_a_caption_is_neither_loaded_nor_called_in_training(
+    tiny: Callable[[str], Path],
+) -> None:
+    """Ideogram 4's: dropped captions are the empty one, and guidance leads away from none at all."""
+    pipeline, model = build_model(
+        Config.model_validate(
+            {
+                "name": "ideogram",
+                "data": {"source": "pictures", "resolution": 64},
+                "model": {"base": str(tiny(IDEOGRAM))},
+                "train": {"num_workers": 1, "batch_size": 1},
+                "search": {"learning_rates": [1e-3], "ladder": [1]},
+            }
+        )
+    )
+    assert pipeline.unconditional_transformer is None and [*model.model] == ["transformer"]
+    whole = loaded(tiny, IDEOGRAM)
+    empty, none = encode_prompts(whole, [""]), null_captions(whole)
+    assert empty["prompt_mask"].sum() > 3 and not none["prompt_mask"].any()
+    dropped = torch.tensor([True])
+    noisy, told = latents(whole, 1), torch.tensor([700.0])
+    with torch.no_grad():
+        kept = model.predict(noisy, told, empty, dropped)
+        assert torch.allclose(kept, predict(whole, empty), atol=1e-5)
+    assert not torch.allclose(kept, predict(whole, none), atol=1e-2)
+    mixed = {name: torch.cat([empty[name], none[name], empty[name]]) for name in empty}
+    both = predict(whole, mixed)  # rows of the two networks in any order
+    for row, alone in enumerate((empty, none, empty)):
+        assert torch.allclose(both[row], predict(whole, alone)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [Z_IMAGE, QWEN, KREA, QWEN_2_1, IDEOGRAM])
 def test_a_masked_caption_is_alone_what_it_is_beside_a_longer_one(
     tiny: Callable[[str], Path], name: str
 ) -> None:

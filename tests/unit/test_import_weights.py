@@ -221,7 +221,8 @@ def published(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Te
 
 
 PIXART = "PixArtSigmaPipeline"
-ALONE = tuple(name for name, family in FAMILIES.items() if not family.is_unet and name != PIXART)
+UNREAD = (PIXART, "Ideogram4Pipeline")  # diffusers 0.42.1 does not know how their checkpoints look
+ALONE = tuple(name for name, family in FAMILIES.items() if not family.is_unet and name not in UNREAD)
 
 
 @pytest.mark.parametrize("name", ALONE)

@@ -123,6 +123,14 @@ class Codec:
         """Inverse of `pack`."""
         return latents
 
+    def noise(self, generator: torch.Generator, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return standard normal noise for an image's latents, 1 x C x ..., drawn in the pipeline's order.
+
+        Args:
+            shape: as from `shape`.
+        """
+        return torch.randn((1, *shape), generator=generator)
+
     def packed_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape, C x ..., that `pack` makes of an image's latents of a shape."""
         return tuple(self.pack(torch.empty((1, *shape), device="meta")).shape[1:])

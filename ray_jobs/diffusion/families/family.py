@@ -61,6 +61,9 @@ class Family(ABC):
 
     First the denoiser, then any further denoising components, then text encoders.
     """
+    helpers: tuple[str, ...] = ()
+    """Further networks with which the pipeline samples, and that are never trained: one that predicts without
+    a caption, in place of the denoiser."""
     text: Text
     codec: Codec
     schedule: NoiseSchedule
@@ -177,6 +180,11 @@ class Family(ABC):
         return tuple(name for name in self.trainable if name not in self.text.encoders)
 
     @property
+    def networks(self) -> tuple[str, ...]:
+        """Names of the components that sampling calls in each step: denoisers and `helpers`."""
+        return (*self.denoisers, *self.helpers)
+
+    @property
     def denoiser(self) -> str:
         """Name of the denoising component, or of the first if there are several."""
         return self.denoisers[0]
@@ -195,8 +203,13 @@ class Family(ABC):
         return
 
     def model(self, pipeline: Pipeline) -> dict[str, Component]:
-        """Return a pipeline's denoising components, by name; last the ControlNet, if it has one."""
+        """Return a pipeline's denoising components, by name; last the ControlNet, if it has one.
+
+        Training does without the `helpers`.
+        """
         found = {name: getattr(pipeline, name) for name in self.denoisers}
+        helpers = {name: getattr(pipeline, name, None) for name in self.helpers}
+        found |= {name: each for name, each in helpers.items() if each is not None}
         network = getattr(pipeline, CONTROLNET, None) if self.control else None
         return found if network is None else {**found, CONTROLNET: network}
 
