@@ -161,8 +161,8 @@ for requests that differ in prompt, seed, steps and guidance, and for edits of w
 {served}. Ratios below the aim are **bold**.
 
 What a step costs beside the model is the same for all: inputs take 1.4 ms in a thread of their own, and small
-models' steps 20 to 150. Krea 2's pipeline gives its denoiser 517 tokens for each caption, and Ideogram 4's 2,048,
-which ours cut to the longest.
+models' steps 20 to 150. For each caption Krea 2's pipeline gives its denoiser 517 tokens, and Ideogram 4's
+2,048; ours cuts them to the longest.
 
 """
 
