@@ -1,5 +1,6 @@
 """The small models of every family and variant, on which the tests of every room run."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,20 @@ def clip_tokenizer() -> Any:
 
 def t5_tokenizer() -> Any:
     return tiny.t5_tokenizer(captions())
+
+
+def image_classifier(folder: Path, labels: Sequence[str] = ("dark", "bright")) -> Path:
+    """A classifier of 32 pixels with random weights, and its processor."""
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    names = dict(enumerate(labels))
+    numbers = {name: number for number, name in names.items()}
+    config = ViTConfig(**sizes, image_size=32, patch_size=8, id2label=names, label2id=numbers)
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
 
 
 def clip_model(folder: Path, side: int) -> Path:

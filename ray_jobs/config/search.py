@@ -341,6 +341,32 @@ class PreferenceConfig(Section):
         return self
 
 
+class BalanceConfig(Section):
+    """Which attributes pictures show, beside those of the data and of what training began from."""
+
+    affects: ClassVar = Effect.PUBLISHING
+
+    classifier: Annotated[str | None, Added()] = Field(
+        None,
+        min_length=1,
+        description="folder (also s3:// or gs://) or hub name of an image classifier in transformers' "
+        "format, with safetensors weights, that says what a picture shows. Empty: balance is not measured",
+    )
+    revision: Annotated[str | None, Added()] = Field(None, description="revision of classifier on the hub")
+    prompts: Annotated[list[Prompt], Added([])] = Field(
+        [], max_length=64, description="prompts that leave the attribute open, as `a portrait of a doctor`"
+    )
+    pictures: Annotated[Positive, Added(16)] = Field(16, description="pictures of each prompt")
+
+    @model_validator(mode="after")
+    def _is_used(self) -> "BalanceConfig":
+        if self.classifier is None:
+            require_unset(self, "without balance.classifier", "revision", "prompts", "pictures")
+        elif not self.prompts:
+            raise ValueError("balance.classifier needs balance.prompts, of which pictures are drawn")
+        return self
+
+
 class EvaluateConfig(Section):
     """How a checkpoint is sampled and measured."""
 
@@ -411,6 +437,7 @@ class EvaluateConfig(Section):
         None, description="revision of clip on the hub"
     )
     preference: PreferenceConfig = PreferenceConfig()
+    balance: BalanceConfig = BalanceConfig()
     memorisation_pictures: Annotated[int, Effect.PUBLISHING] = Field(
         1000,
         ge=0,

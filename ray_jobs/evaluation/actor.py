@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from ray_jobs.evaluation.merged_adapters import MergedAdapters
     from ray_jobs.training.validation import HeldOutVotes, ValidationLoss
     from ray_jobs.weights.conditioner import Conditioner
+    from ray_jobs.weights.image_classifier import ImageClassifier
 
 R = TypeVar("R")
 
@@ -143,6 +144,25 @@ class Evaluator:
     def networks(self) -> Networks:
         """The feature networks."""
         return load_networks(self.config.evaluate, self.device)
+
+    @cached_property
+    def classifier(self) -> "ImageClassifier":
+        """The classifier of `evaluate.balance`."""
+        from ray_jobs.weights.image_classifier import FIELD, ImageClassifier
+
+        balance = self.config.evaluate.balance
+        assert balance.classifier
+        path = local_path(balance.classifier, FIELD)
+        return ImageClassifier(path, self.device, balance.revision)
+
+    @replaced_if_broken()
+    def labels(self, pictures: list[bytes]) -> list[str]:
+        """Return the classifier's label of each picture (PNG bytes)."""
+        return [label for batch in self._stacked(pictures) for label in self.classifier.labels(batch)]
+
+    def label_names(self) -> list[str]:
+        """Return all labels of the classifier."""
+        return list(self.classifier.names.values())
 
     @cached_property
     def base(self) -> "Pipeline":

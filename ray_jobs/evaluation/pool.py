@@ -870,6 +870,18 @@ class EvaluatorPool:
         """
         return self._draw(weights, self._tasks_of_prompt(weights, prompt, count, shapes), None)
 
+    def labels(self, pictures: list[bytes]) -> list[str]:
+        """Return what the classifier of `evaluate.balance` says of PNGs."""
+        import ray
+
+        return ray.get(self.actors[-1].labels.remote(pictures))
+
+    def label_names(self) -> list[str]:
+        """Return all labels of that classifier."""
+        import ray
+
+        return ray.get(self.actors[-1].label_names.remote())
+
     def prompted_features(
         self, weights: str | None, prompt: str, count: int, shapes: Sequence[Shape] = ()
     ) -> Features:

@@ -13,6 +13,7 @@ from ray_jobs.evaluation.cross_validation import splits, standard_error, trained
 from ray_jobs.evaluation.dealing import Shape
 from ray_jobs.evaluation.pool import EvaluatorPool
 from ray_jobs.evaluation.scores import Scores, SetScores
+from ray_jobs.publishing.balance import measure_balance
 from ray_jobs.publishing.remembered import measure_remembered
 from ray_jobs.publishing.subjects import MeasuredSubject, measure_subjects
 from ray_jobs.report import SHOWN_NEIGHBOURS, Memorisation, SubjectPictures
@@ -73,6 +74,7 @@ def measure_final(config: Config, dataset: Dataset, pool: EvaluatorPool, best: R
     judged = [each.fid for each in judged_whole]
     values = [each.value for each in judged]
     subjects = measure_subjects(config, dataset, pool, weights)
+    balance = measure_balance(config, dataset, pool, weights)
     remembered = measure_remembered(config, pool, weights, guidance_scale)
     winner = Winner.model_validate(
         {name: value for name, value in best.fields().items() if name in WINNING}
@@ -109,6 +111,7 @@ def measure_final(config: Config, dataset: Dataset, pool: EvaluatorPool, best: R
             "test_digest": pool.digests[TEST],
             "subjects": [each.scores for each in subjects],
             "remembered": remembered,
+            **({"balance": balance} if balance else {}),
         }
     )
     memorisation = _memorisation(config, pool, weights, test, base, guidance_scale)

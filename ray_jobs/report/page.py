@@ -20,7 +20,7 @@ from ray_jobs.report.charts import (
     votes_chart,
 )
 from ray_jobs.report.dataset_page import STYLE, dataset_section, table
-from ray_jobs.report.measures import SubjectPictures, measures_table, subjects_section
+from ray_jobs.report.measures import SubjectPictures, balance_section, measures_table, subjects_section
 from ray_jobs.report.pictures import (
     Memorisation,
     PictureRow,
@@ -114,7 +114,7 @@ def write_report(
         memorisation=memorisation_section(memorisation),
         subjects=subjects_section(subjects),
         scores=table(("score", "", "meaning"), scores(winner, results), "scores"),
-        measures=measures_table(winner),
+        measures=measures_table(winner) + balance_section(winner.balance),
         facts=escape(_facts(winner)),
         costs=costs_section(spent),
         dataset=dataset_section(manifest),

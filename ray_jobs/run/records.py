@@ -369,6 +369,31 @@ class Remembered(Record):
     feature_network_2: str | None = None
 
 
+class Balance(Record):
+    """Which attributes pictures show (`evaluate.balance`).
+
+    Attributes:
+        classifier: as configured.
+        prompts: number of prompts, of each of which `pictures` were drawn.
+        column: of the data, whose values are its counts; "": the classifier says them of real pictures.
+        data, base, winner: number of pictures by label.
+        base_distance, distance: total variation distance to the data's shares.
+        by_chance, at_most: mean and 95 % quantile of the distance of as many pictures that are like the data.
+    """
+
+    classifier: str
+    prompts: int
+    pictures: int
+    column: str = ""
+    data: dict[str, int]
+    base: dict[str, int]
+    winner: dict[str, int]
+    base_distance: float
+    distance: float
+    by_chance: float
+    at_most: float
+
+
 class Winner(Record):
     """The published model and its scores (winner.json).
 
@@ -503,6 +528,7 @@ class Winner(Record):
     resizing: dict[str, str] = {}
     test_digest: str = ""
     subjects: list[SubjectScores] = []
+    balance: Balance | None = None
     remembered: list[Remembered] = []
     registry_version: int | None = None
     registry_decision: str | None = None

@@ -11,6 +11,8 @@ from ray_jobs.metrics.networks import NetworkSpec, check_network, load_network
 from ray_jobs.metrics.preference import FIELD as PREFERENCE
 from ray_jobs.metrics.preference import PreferenceModel, check_clip_preference, load_clip_preference
 from ray_jobs.metrics.vision_model import Clip, VisionModel, check_clip, check_vision_model, load_clip
+from ray_jobs.weights.image_classifier import FIELD as CLASSIFIER_OF_BALANCE
+from ray_jobs.weights.image_classifier import ImageClassifier
 from ray_jobs.weights.question_model import QuestionModel, check_question_model
 
 FIRST = "evaluate.feature_network"
@@ -82,6 +84,9 @@ def check_networks(evaluate: EvaluateConfig) -> None:
             check_clip(local_path(evaluate.clip, "evaluate.clip"), revision=evaluate.clip_revision)
         if evaluate.preference.model:
             _check_preference(evaluate.preference)
+        if evaluate.balance.classifier:
+            path = local_path(evaluate.balance.classifier, CLASSIFIER_OF_BALANCE)
+            ImageClassifier(path, revision=evaluate.balance.revision)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

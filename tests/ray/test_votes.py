@@ -17,6 +17,7 @@ from ray_jobs.run.records import VOTES
 from ray_jobs.search import search
 from tests.conftest import captions, draw
 from tests.ray.test_training import tiny_config, train_variants
+from tests.tiny_models import image_classifier
 from tests.workers import Workers
 
 PAIRS = 30
@@ -86,7 +87,11 @@ def test_a_search_over_beta_ranks_by_held_out_votes_and_publishes(
     space = 'search.space={"train.preference.beta": [500, 5000]}'
     short = ["evaluate.inference_steps=2", "evaluate.num_actors=1", "evaluate.num_samples=12"]
     few = ["evaluate.bootstrap=4", "publish.sample_count=2", "train.num_workers=1"]
-    config = settled(configured(tiny_model, picture_folder, tmp_path, votes, "dpo", space, *short, *few))
+    classifier = image_classifier(tmp_path / "classifier")
+    balance = [f"evaluate.balance.classifier={classifier}", "evaluate.balance.pictures=3"]
+    balance += ['evaluate.balance.prompts=["a circle", "a square"]']
+    given = [space, *short, *few, *balance]
+    config = settled(configured(tiny_model, picture_folder, tmp_path, votes, "dpo", *given))
     assert config.search.rank_by == VOTES
     dataset = prepare(config)
     with evaluators(config, dataset) as pool:
@@ -98,6 +103,10 @@ def test_a_search_over_beta_ranks_by_held_out_votes_and_publishes(
         winner = publish(config, dataset, pool, found)
     assert winner.base_test_votes == 0.5 and winner.test_votes is not None
     assert winner.ranked_by == VOTES
+    drawn = winner.balance
+    assert drawn and sum(drawn.winner.values()) == sum(drawn.base.values()) == 6
+    assert sum(drawn.data.values()) > 6 and set(drawn.data) <= {"dark", "bright"}
+    assert "<h2>Balance</h2>" in (tmp_path / "tiny" / "report.html").read_text()
 
 
 def test_too_few_votes_are_told_before_anything_is_trained(
