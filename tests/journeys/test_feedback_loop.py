@@ -37,7 +37,7 @@ from serving.command import endpoint, free_port
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "examples" / "fluent-emoji"
-PICTURES, VOTED, BETWEEN, HELD_OUT = 160, 80, 30, 40
+PICTURES, VOTED, BETWEEN, HELD_OUT = 160, 140, 30, 40
 PROMOTED_S = 120  # seconds that the endpoint has to promote a candidate
 NOISE = 0.5  # of a vote, in standard deviations of the scorer's differences
 
