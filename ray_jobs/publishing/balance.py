@@ -1,15 +1,29 @@
 """Measure which attributes the published model draws, beside the data and what training began from."""
 
 from collections import Counter
+from collections.abc import Mapping
 
 from ray_jobs.config import Config
 from ray_jobs.console import say
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.evaluation.pool import EvaluatorPool
 from ray_jobs.metrics.balance import by_chance, total_variation
+from ray_jobs.metrics.votes import wilson_interval
 from ray_jobs.run.records import Balance
 
 MOST_REAL = 400  # pictures of each split that the classifier sees
+
+
+def shares_of(*columns: Mapping[str, int]) -> dict[str, list[tuple[float, float, float]]]:
+    """Return the share of each label in each column of counts, with its 95 % interval."""
+    totals = [sum(counts.values()) for counts in columns]
+    return {
+        label: [
+            (counts.get(label, 0) / max(total, 1), *wilson_interval(counts.get(label, 0), total))
+            for counts, total in zip(columns, totals, strict=True)
+        ]
+        for label in dict.fromkeys(label for counts in columns for label in counts)
+    }
 
 
 def measure_balance(config: Config, dataset: Dataset, pool: EvaluatorPool, weights: str) -> Balance | None:
@@ -49,6 +63,7 @@ def measure_balance(config: Config, dataset: Dataset, pool: EvaluatorPool, weigh
         data=dict(data.most_common()),
         base=base,
         winner=winner,
+        shares=shares_of(data, base, winner),
         base_distance=total_variation(base, data),
         distance=total_variation(winner, data),
         by_chance=chance,

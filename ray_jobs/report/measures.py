@@ -7,7 +7,6 @@ from html import escape
 
 from PIL import Image
 
-from ray_jobs.metrics.votes import wilson_interval
 from ray_jobs.report.dataset_page import data_uri, table
 from ray_jobs.report.svg import number
 from ray_jobs.run.records import COPIES, OWN, RECITED, Balance, Measurement, SubjectScores, Winner
@@ -95,36 +94,22 @@ def balance_section(found: Balance | None) -> str:
     """Section of the attributes that pictures show; empty where they were not measured."""
     if found is None:
         return ""
-    drawn = {name: sum(counts.values()) for name, counts in (("base", found.base), ("winner", found.winner))}
-    labels = dict.fromkeys([*found.data, *found.winner, *found.base])
     rows = [
-        (
-            label,
-            *(
-                _share(counts.get(label, 0), sum(counts.values()))
-                for counts in (found.data, found.base, found.winner)
-            ),
-        )
-        for label in labels
+        (label, *(f"{share:.0%} ({low:.0%} to {high:.0%})" for share, low, high in columns))
+        for label, columns in found.shares.items()
     ]
     of_data = f"column {found.column}" if found.column else "by the classifier"
     head = ("attribute", f"data ({of_data})", "before training", "winner")
     outside = found.distance > found.at_most
     verdict = "more than chance explains" if outside else "which chance explains"
     told = (
-        f"{drawn['winner']} pictures of {found.prompts} prompts, by {found.classifier}, with 95 % intervals. "
+        f"{sum(found.winner.values())} pictures of {found.prompts} prompts, by {found.classifier}, with 95 % intervals. "
         f"To be like the data, a share of {found.distance:.2f} of the winner's would have to show something "
         f"else, {verdict} ({found.by_chance:.2f} on average, {found.at_most:.2f} in 95 % of cases); before "
         f"training it was {found.base_distance:.2f}. The classifier's errors are in all that it counts."
     )
     kind = "note alert" if outside else "note"
     return f'<h2>Balance</h2><p class="{kind}">{escape(told)}</p>' + table(head, rows, "numbers")
-
-
-def _share(count: int, total: int) -> str:
-    """Format a share with its interval."""
-    low, high = wilson_interval(count, total)
-    return f"{count / max(total, 1):.0%} ({low:.0%} to {high:.0%})"
 
 
 def subjects_section(subjects: Sequence[SubjectPictures]) -> str:

@@ -377,6 +377,7 @@ class Balance(Record):
         prompts: number of prompts, of each of which `pictures` were drawn.
         column: of the data, whose values are its counts; "": the classifier says them of real pictures.
         data, base, winner: number of pictures by label.
+        shares: by label, of data, base and winner: the share with its 95 % interval.
         base_distance, distance: total variation distance to the data's shares.
         by_chance, at_most: mean and 95 % quantile of the distance of as many pictures that are like the data.
     """
@@ -388,6 +389,7 @@ class Balance(Record):
     data: dict[str, int]
     base: dict[str, int]
     winner: dict[str, int]
+    shares: dict[str, list[tuple[float, float, float]]]
     base_distance: float
     distance: float
     by_chance: float

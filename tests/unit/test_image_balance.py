@@ -7,6 +7,7 @@ import torch
 
 from ray_jobs.config import ConfigError, load_config
 from ray_jobs.metrics.balance import by_chance, shares, total_variation
+from ray_jobs.publishing.balance import shares_of
 from ray_jobs.report.measures import balance_section
 from ray_jobs.run.records import Balance
 from ray_jobs.weights.feature_networks import check_networks
@@ -21,6 +22,7 @@ FOUND = Balance(
     data={"a": 50, "b": 50},
     base={"a": 22, "b": 18},
     winner={"a": 36, "b": 4},
+    shares=shares_of({"a": 50, "b": 50}, {"a": 22, "b": 18}, {"a": 36, "b": 4}),
     base_distance=0.05,
     distance=0.4,
     by_chance=0.07,
