@@ -102,8 +102,9 @@ def balance_section(found: Balance | None) -> str:
     head = ("attribute", f"data ({of_data})", "before training", "winner")
     outside = found.distance > found.at_most
     verdict = "more than chance explains" if outside else "which chance explains"
+    drawn = sum(found.winner.values())
     told = (
-        f"{sum(found.winner.values())} pictures of {found.prompts} prompts, by {found.classifier}, with 95 % intervals. "
+        f"{drawn} pictures of {found.prompts} prompts, by {found.classifier}, with 95 % intervals. "
         f"To be like the data, a share of {found.distance:.2f} of the winner's would have to show something "
         f"else, {verdict} ({found.by_chance:.2f} on average, {found.at_most:.2f} in 95 % of cases); before "
         f"training it was {found.base_distance:.2f}. The classifier's errors are in all that it counts."
