@@ -20,6 +20,7 @@ pytestmark = pytest.mark.slow  # every test builds a model
 CONFIGS = Path(__file__).parents[2] / "configs"
 BASES: dict[str, tuple[Callable[[Path], Path], int]] = {
     "sd15-lora": (full_models.stable_diffusion, 859_520_964),
+    "controlnet": (full_models.stable_diffusion, 1_220_800_084),  # with the ControlNet
     "sdxl-lora": (full_models.stable_diffusion_xl, 2_567_463_684),
     "sdxl-dreambooth": (full_models.stable_diffusion_xl, 3_385_184_004),  # with its text encoders
     "sd3-full": (full_models.stable_diffusion_3, 2_028_328_000),
