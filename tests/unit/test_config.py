@@ -398,5 +398,7 @@ def test_a_recipe_is_named_in_any_folder(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(ConfigError, match=r"^sdxl-lor: no such recipe; did you mean sdxl-lora\? a file "):
         load_config("sdxl-lor")
     (tmp_path / "mine.yaml").write_text("extends: nothing")
-    with pytest.raises(ConfigError, match=r"mine\.yaml: extends: nothing: no such recipe; there are demo, "):
+    with pytest.raises(
+        ConfigError, match=r"mine\.yaml: extends: nothing: no such recipe; there are controlnet, demo, "
+    ):
         load_config("mine.yaml")

@@ -732,3 +732,34 @@ def test_the_sheet_shows_real_base_and_fine_tuned_of_each_caption() -> None:
 def test_a_sheet_without_captions_is_an_error() -> None:
     with pytest.raises(ValueError, match="at least one caption"):
         grid_image([])
+
+
+def test_a_report_of_control_shows_the_control_image_and_both_parts_of_the_score() -> None:
+    measured = {"control": 0.6, "control_error": 0.04, "disagreement": 0.3, "disagreement_error": 0.02}
+    results = [row | measured if row.step == 400 else row for row in RESULTS]
+    found = {
+        "ranked_by": "control",
+        "validation_control": 0.6,
+        "base_validation_control": 0.9,
+        "base_validation_disagreement": 0.8,
+        "test_control": 0.62,
+        "test_disagreement": 0.31,
+        "test_disagreement_error": 0.02,
+        "base_test_disagreement": 0.81,
+    }
+    rows = [replace(picture_row(), control=Image.new("RGB", (64, 64), "white"))]
+    assert rows[0].columns == ("control image", "base", "fine-tuned", "real")
+    assert [each.getpixel((0, 0)) for each in rows[0].pictures] == [
+        (255, 255, 255),
+        (0, 128, 0),
+        (0, 0, 255),
+        (255, 0, 0),
+    ]
+    picture = Image.new("RGB", (64, 64), "white")
+    strip = Strip(["a"], [("base", [picture])], "400", controls=[picture])
+    assert [name for name, _ in strip.all_columns] == ["control image", "base"]
+    page = Page(report(winner=WINNER | found, results=results, rows=rows, strip=strip)).text
+    assert "its disagreement with control images of the test split is 0.310 ± 0.020" in page
+    assert "that of the base model 0.810" in page and "its FID is " in page
+    for shown in ("control score", "disagreement", "0.300 ± 0.020", "Control score over training steps"):
+        assert shown in page, shown
