@@ -136,10 +136,11 @@ class InputMaker:
             name: (t.long() if t.dtype == torch.int32 else t).to(device) for name, t in present.items()
         }
         self.null_length = int(self.null[MASK].sum()) if MASK in self.null else 0
-        # Where text encoders see the references, a dropped caption still has those of its row.
+        # Where text encoders see the references, a dropped caption still has those of its row. They are read
+        # where none is dropped too: members of a pack, of which another may drop some, read the same rows.
         self.text = model.family.text
-        self.own_null = bool(num_references) and not preference and self.text.sees_references
-        self.nulls = tuple(NULL + name for name in self.null if self.own_null and caption_dropout)
+        seen = bool(num_references) and not preference and self.text.sees_references
+        self.nulls = tuple(NULL + name for name in self.null if seen)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -172,11 +173,8 @@ class InputMaker:
         dropped = drawn.caption < self.caption_dropout
         lengths = None
         if MASK in self.null:
-            lengths = piece.rows[MASK].sum(dim=1)
-            if self.nulls:
-                lengths = lengths.where(~dropped, piece.rows[NULL + MASK].sum(dim=1))
-            elif not self.own_null:
-                lengths = lengths.where(~dropped, self.null_length)
+            of_null = piece.rows[NULL + MASK].sum(dim=1) if self.nulls else self.null_length
+            lengths = piece.rows[MASK].sum(dim=1).where(~dropped, of_null)
         loss = {f"draws.{name}": part for name, part in vars(drawn.loss).items() if part is not None}
         return Sent.to(
             self.device,
@@ -245,8 +243,6 @@ class InputMaker:
     def _dropped(self, there: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
         """Return a column of captions, with the dropped ones replaced by the empty one."""
         values, null = there[name], self.null[name]
-        if self.own_null and not self.nulls:  # none is dropped
-            return values.to(null.dtype)
         null = there[NULL + name].to(null.dtype) if self.nulls else null
         return torch.where(per_row(there["dropped"], values), null, values.to(null.dtype))
 

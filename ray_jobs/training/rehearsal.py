@@ -87,7 +87,7 @@ def blank(
         height, width = (side * maker.latent_pixels for side in stored[-2:])
         rows[mask] = torch.ones((count, 1, height, width), dtype=torch.bool)
     shown = 0
-    if maker.own_null:
+    if maker.nulls:
         spaces = [maker.codec.unpacked_shape(latents)[-2:] for latents in references]
         shown = maker.text.shown_tokens(
             [(height * maker.latent_pixels, width * maker.latent_pixels) for height, width in spaces]
