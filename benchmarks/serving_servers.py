@@ -88,8 +88,6 @@ def served(model: str, folder: Path, max_batch_size: int) -> Config:
         "serve.requests_per_minute": 1_000_000,
         "serve.concurrent_requests": 10_000,
         "serve.request_timeout_s": 600,
-        # Full after a minute of prompts that hardly ever repeat, so that the soak sees what else grows.
-        "serve.prompt_mb": 1,
     }
     overrides = [f"{name}={value}" for name, value in settings.items()]
     return configured(ROOT / "examples" / "fluent-emoji", folder / "runs", *overrides)

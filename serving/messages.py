@@ -1,5 +1,6 @@
 """Messages between the ingress and the replicas. No PyTorch, which the ingress does not import."""
 
+import re
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
@@ -10,6 +11,8 @@ from serving.load import DriftScores, EngineLoad
 from serving.request import Request
 
 BASE = "base"
+PLACE = re.compile(r"""(?<![\w:/.])/(?:[^\s:'"/]+/)+(?P<last>[^\s:'"/]+)""")
+"""An absolute path, and the name at its end."""
 
 
 class ImageParameters(TypedDict):
@@ -147,6 +150,7 @@ def refusal(version: RegisteredModel | None, base: Base, error: Exception) -> st
     reason = str(error)
     for place in (version.source if version else base.model, base.model):
         reason = reason.replace(place, public_name(place))
+    reason = PLACE.sub(lambda found: found["last"], reason)  # of copies on this machine
     return f"{label(version)} cannot be served: {reason}"
 
 

@@ -166,7 +166,9 @@ class ServeConfig(Section):
     )
     max_adapters: Positive = Field(8, description="maximum LoRA versions that a request may combine")
     adapter_mb: Positive = Field(1024, description="memory for adapters per replica, in MiB")
-    prompt_mb: Positive = Field(256, description="memory for prompt embeddings per replica, in MiB")
+    prompt_mb: Positive = Field(
+        256, description="memory for prompt embeddings per engine of a replica, in MiB; taken at its start"
+    )
     follow_s: float = Field(
         10, gt=0, description="interval at which the registry's aliases are read, in seconds"
     )
@@ -209,6 +211,11 @@ class ServeConfig(Section):
 
     feedback_url: str | None = Field(
         None, description="SQL database of generations and ratings; empty: SQLite in the storage folder"
+    )
+    keep_days: Positive | None = Field(
+        None,
+        description="how long it is kept how pictures were drawn, with their feedback, and shadow mode's "
+        "pairs; empty: for ever",
     )
     log_prompts: bool = Field(False, description="write prompts to the logs")
     provenance: bool = Field(True, description="write model, version, seed and settings into each PNG")

@@ -66,6 +66,7 @@ class Engine:
         max_waiting: maximum requests waiting for a slot; None: no limit.
         max_side: maximum length of an image's longer side in pixels; None: twice the model's own.
         prompt_bytes: size of the prompt embedding cache (least recently used dropped first).
+        reserve_prompts: take the memory of that cache with the first prompt.
         adapter_folder: function from an adapter's name to its local folder, fetched and checked; called from
             another thread than the step loop. None: no adapters.
         adapter_bytes: size of the adapter cache in memory.
@@ -89,6 +90,7 @@ class Engine:
         max_waiting: int | None = None,
         max_side: int | None = None,
         prompt_bytes: int = 256 << 20,
+        reserve_prompts: bool = False,
         adapter_folder: Callable[[str], Path] | None = None,
         adapter_bytes: int = 1 << 30,
         attention: Attention = "auto",
@@ -111,7 +113,9 @@ class Engine:
         alone = compiled(pipeline) or offloaded(pipeline) or cache_features
         self.workers = CPUWorkers(num_cores, share_out=not alone)
         self.decoder = Decoder(pipeline, workers=self.workers)
-        self.prompts = PromptEmbeddings(pipeline, self.low_rank, device=device, max_bytes=prompt_bytes)
+        self.prompts = PromptEmbeddings(
+            pipeline, self.low_rank, device=device, max_bytes=prompt_bytes, reserve=reserve_prompts
+        )
         self.work = threading.Event()  # set when there may be work
         self.adapters: AdapterCache | None = None
         if adapter_folder is not None:

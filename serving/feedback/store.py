@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from secrets import token_bytes
 from typing import NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, Engine, Executable, Table, and_, case, func, select
+from sqlalchemy import ColumnElement, Connection, Engine, Executable, Table, and_, case, delete, func, select
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
@@ -291,6 +291,28 @@ class FeedbackStore:
             FeedbackTally(*version, *(counts.get(name, 0) for name in wanted))
             for version, counts in sorted(counts_by_version.items())
         ]
+
+    def delete_before(self, time: float) -> int:
+        """Delete the generations of before a time, in seconds since 1970, with all feedback on them.
+
+        Return their number. Votes go with either of their images. Rows are deleted a batch at a time, so that
+        writers wait for no more than one.
+
+        Raises:
+            SQLAlchemyError: the database does not answer.
+        """
+        deleted = 0
+        oldest = select(generations.c.image_id).where(generations.c.created < time).limit(BATCH)
+        while True:
+            with self._engine.begin() as connection:
+                gone = list(connection.scalars(oldest))
+                if not gone:
+                    return deleted
+                either = votes.c.winner_id.in_(gone) | votes.c.loser_id.in_(gone)
+                connection.execute(delete(votes).where(either))
+                connection.execute(delete(ratings).where(ratings.c.image_id.in_(gone)))
+                connection.execute(delete(generations).where(generations.c.image_id.in_(gone)))
+            deleted += len(gone)
 
     def secret(self, name: str) -> bytes:
         """Return a random key of 32 bytes that all processes with this database share; made at its first use.

@@ -319,6 +319,7 @@ class Model:
                 adapter_folder=self._adapter_folder if takes_adapters else None,
                 adapter_bytes=settings.adapter_mb << 20,
                 prompt_bytes=settings.prompt_mb << 20,
+                reserve_prompts=True,
                 attention=settings.attention,
                 cache_features=settings.cache_features,
                 num_cores=self._num_cores,

@@ -43,6 +43,7 @@ from serving.service.webhooks import Webhooks
 
 logger = logging.getLogger("ray.serve")
 
+DAY_S = 24 * 3600
 CLEANING_S = 600  # pause between deletions of what has expired, in seconds
 
 
@@ -332,6 +333,9 @@ class Service:
             try:
                 await asyncio.to_thread(self.links.delete_expired)
                 await asyncio.to_thread(self.jobs.delete_expired)
+                if days := self.settings.keep_days:
+                    await asyncio.to_thread(self.feedback.delete_before, time.time() - DAY_S * days)
+                    await asyncio.to_thread(self.shadow.delete_before, time.time() - DAY_S * days)
             except (OSError, SQLAlchemyError) as error:
                 logger.warning("what has expired was not deleted: %s", error)
             await asyncio.sleep(CLEANING_S)

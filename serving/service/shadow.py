@@ -13,6 +13,7 @@ from serving.messages import RoutedRequest, label
 logger = logging.getLogger("ray.serve")
 
 WAITING = 16  # maximum queued pairs; more are skipped
+PARAMETERS_FILE = "parameters.json"  # of a slot
 NEXT = "next"  # file with the number of the slot to write next
 # Fields of a request, and of its routing, in the file of parameters.
 PARAMETERS = (
@@ -73,6 +74,16 @@ class Shadow:
         else:
             self._waiting.put_nowait(pair)
 
+    def delete_before(self, time: float) -> None:
+        """Delete the pairs of requests before a time, in seconds since 1970; blocks."""
+        for name in self.folder.folders():
+            try:
+                asked = json.loads(self.folder.child(name).read_text(PARAMETERS_FILE))["asked"]
+            except FileNotFoundError:  # it is being written
+                continue
+            if asked < time:
+                self.folder.delete(name)
+
     async def run(self) -> None:
         """Generate and store pairs until cancelled."""
         while True:
@@ -105,7 +116,7 @@ class Shadow:
         versions = {"champion": label(pair.answered.version), "candidate": label(pair.request.version)}
         request, routed = asdict(pair.request.request), pair.request._asdict()
         parameters = {name: request[name] for name in PARAMETERS} | {name: routed[name] for name in ROUTING}
-        place.write_text("parameters.json", json.dumps({"id": pair.picture_id, **versions, **parameters}))
+        place.write_text(PARAMETERS_FILE, json.dumps({"id": pair.picture_id, **versions, **parameters}))
         self.stored += 1
         self._place = (self._place + 1) % self.kept
         self.folder.write_text(NEXT, str(self._place))

@@ -274,8 +274,10 @@ def test_an_error_in_a_callers_preview_is_the_callers_alone(tiny_model: Path) ->
     assert beside.result(0).pixels.shape == (64, 64, 3)
 
 
-def test_prompt_embeddings_are_kept_and_the_oldest_are_dropped(tiny_model: Path) -> None:
-    engine = engine_of(tiny_model, prompt_bytes=3 * 16 * 32 * 4)  # three of 16 tokens, 32 wide
+@pytest.mark.parametrize("reserve", [False, True])
+def test_prompt_embeddings_are_kept_and_the_oldest_are_dropped(tiny_model: Path, reserve: bool) -> None:
+    size = 3 * 16 * 32 * 4  # three of 16 tokens, 32 wide
+    engine = engine_of(tiny_model, prompt_bytes=size, reserve_prompts=reserve)
     encoded: list[int] = []
     engine.pipeline.text_encoder.register_forward_pre_hook(
         lambda _, inputs, named: encoded.append(len((inputs or (named.get("input_ids"),))[0])),
@@ -290,6 +292,25 @@ def test_prompt_embeddings_are_kept_and_the_oldest_are_dropped(tiny_model: Path)
     assert encoded == [3, 1]
     drawn(engine, Request("b", 0, 1, 1.0))
     assert encoded == [3, 1, 1]
+
+
+def test_memory_of_prompts_is_taken_once_and_no_row_sees_another_ones_slot(tiny_model: Path) -> None:
+    """Rows of more prompts than slots run together, and each is what it is alone."""
+    one = 16 * 32 * 4
+    engine = engine_of(tiny_model, prompt_bytes=4 * one, reserve_prompts=True, max_rows=6)
+    requests = [Request(text, 0, 3, 3.0) for text in "abcdef"]
+    for _ in range(2):
+        futures = [engine.submit(request) for request in requests]
+        for _ in range(3):
+            engine.step()
+            engine.submit(Request("another", 0, 1, 1.0))
+        engine.drain()
+        plain = engine_of(tiny_model)
+        for request, future in zip(requests, futures, strict=True):
+            (alone,) = drawn(plain, request)
+            assert (future.result(0).pixels.float() - alone.float()).abs().max() <= 1
+        slots = engine.prompts._slots
+        assert slots.num_bytes == one and len(slots._free) + len(slots._taken) == 4
 
 
 @pytest.mark.parametrize(

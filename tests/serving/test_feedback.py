@@ -135,6 +135,20 @@ def test_any_text_can_be_kept(store: FeedbackStore) -> None:
     assert kept.prompt == "zero \ufffd, emoji \N{FOX FACE}, right to left \u202e, '; DROP TABLE ratings"
 
 
+def test_generations_of_before_a_time_are_deleted_with_their_feedback(store: FeedbackStore) -> None:
+    for number in range(1, 1203):
+        store.record(generation(number))
+    store.flush()
+    store.rate(rated(1), "key")
+    store.rate(rated(1202, over=f"img-{2:024x}"), "key")
+    store.rate(rated(1202), "key")
+    assert store.delete_before(1000 + 1200) == 1199
+    kept = [f"img-{number:024x}" for number in (1, 2, 1200, 1201, 1202)]
+    assert [each.image_id for each in store.generations(kept)] == kept[2:]
+    assert [each.image_id for each in store.ratings()] == kept[4:] and not store.votes()
+    assert store.delete_before(1000 + 1200) == 0
+
+
 def test_a_full_queue_makes_the_caller_wait_and_drops_nothing(database: str) -> None:
     store = FeedbackStore(open_database(database), capacity=3)
     lock = sqlite3.connect(database.removeprefix("sqlite:///"), isolation_level=None)
