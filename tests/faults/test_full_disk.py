@@ -1,9 +1,6 @@
 """A disk that fills up ends a stage with a message, and what is written before it is whole."""
 
-import os
-import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,31 +12,10 @@ from ray_jobs.data.preparation import prepare
 from ray_jobs.run.command_line import FULL
 from ray_jobs.training.checkpoint import damaged, folder_of, rungs_of, steps_of
 from ray_jobs.training.trainer import build_trainer
+from tests.faults.conftest import fill
 from tests.ray.test_submit import stage
 from tests.ray.test_training import tiny_config
 from tests.record import record_fault
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 64 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("mounting a disk is not permitted")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def fill(disk: Path, *, leave: int) -> Path:
-    """A file that leaves so many bytes free."""
-    filler, there = disk / "filler", os.statvfs(disk)
-    with filler.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, there.f_bavail * there.f_bsize - leave)
-    return filler
 
 
 def test_encoded_parts_on_a_full_disk(

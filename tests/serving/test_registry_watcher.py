@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count
@@ -14,6 +14,7 @@ from threading import Event
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from ray_jobs.config import Config
@@ -71,14 +72,16 @@ def get(url: str, path: str) -> Any:
 
 
 @contextmanager
-def under_load(url: str, **fields: Any) -> Iterator[list[httpx.Response]]:
-    """Four clients ask again and again; yields their answers."""
+def under_load(
+    url: str, of_client: Callable[[int], dict[str, Any]] = lambda _: {}, **fields: Any
+) -> Iterator[list[httpx.Response]]:
+    """Four clients ask again and again, each with fields of its own; yields their answers."""
     answers: list[httpx.Response] = []
     enough = Event()
 
     def ask(client: int) -> None:
         while not enough.is_set():
-            answers.append(answer(url, user=f"client {client}", **fields))
+            answers.append(answer(url, user=f"client {client}", **fields, **of_client(client)))
 
     with ThreadPoolExecutor(4) as pool:
         asking = [pool.submit(ask, client) for client in range(4)]
@@ -101,6 +104,18 @@ def test_a_new_champion_takes_over_under_load_without_a_failed_request(url: str,
     assert answers[0].json()["model"] == "followed@1"
     assert answers[-1].json()["model"] == "followed@2"
     assert answer(url, model="followed:previous").json()["model"] == "followed@1"
+
+
+def test_a_champion_that_changes_ten_times_under_load_fails_no_request(url: str, followed: Config) -> None:
+    with under_load(url) as answers:
+        begun = time.monotonic()
+        for number in 5 * (1, 2):
+            aliases.promote(followed, number)
+            wait_until(lambda number=number: get(url, "/readyz")["model"] == f"followed@{number}")  # type: ignore[misc]
+        took = (time.monotonic() - begun) / 10
+    assert {each.status_code for each in answers} == {200}
+    assert {each.json()["model"] for each in answers} == {"followed@1", "followed@2"}
+    record_fault("the champion changes ten times, under load", recovery_s=took, lost="no request")
 
 
 def test_a_champion_whose_weights_changed_is_refused_and_the_old_one_stays(
@@ -192,9 +207,25 @@ def watch(url: str, begun: Event) -> Any:
     return last
 
 
-def test_a_killed_replica_loses_no_request_and_another_takes_its_place(url: str, followed: Config) -> None:
+def mixture(client: int) -> dict[str, Any]:
+    """The second client draws with none, the others with two versions at scales of their own."""
+    scales = (0.3 * client, -0.5)
+    adapters = [{"name": f"followed@{number}", "scale": s} for number, s in zip((1, 3), scales, strict=True)]
+    return {"model": "base"} | ({} if client == 1 else {"adapters": adapters})
+
+
+@pytest.mark.parametrize(
+    ("of_client", "fault"),
+    [
+        (lambda _: {}, "kill -9 of the only replica, under load"),
+        (mixture, "kill -9 of the only replica, in a batch of mixed adapters"),
+    ],
+)
+def test_a_killed_replica_loses_no_request_and_another_takes_its_place(
+    url: str, followed: Config, of_client: Callable[[int], dict[str, Any]], fault: str
+) -> None:
     (load,) = loads()
-    with under_load(url, steps=30) as answers, ThreadPoolExecutor(1) as pool:
+    with under_load(url, of_client, steps=30) as answers, ThreadPoolExecutor(1) as pool:
         begun = Event()
         watching = pool.submit(watch, url, begun)
         assert begun.wait(60)
@@ -210,7 +241,43 @@ def test_a_killed_replica_loses_no_request_and_another_takes_its_place(url: str,
     assert last["error"]["code"] == "model_lost", "whoever has seen unfinished pictures is told"
     wait_until(lambda: httpx.get(f"{url}/readyz", trust_env=False).status_code == 200)
     assert loads()[0].process != load.process
-    record_fault("kill -9 of the only replica, under load", recovery_s=took, lost=f"{len(failed)} requests")
+    record_fault(fault, recovery_s=took, lost=f"{len(failed)} requests")
+
+
+def ingress() -> psutil.Process:
+    """The process that receives the running endpoint's requests."""
+    names = ((each, each.info["cmdline"]) for each in psutil.process_iter(["cmdline"]))
+    (found,) = (each for each, command in names if command and "ServeReplica:diffray:Ingress" in command[0])
+    return found
+
+
+def test_a_killed_ingress_answers_or_refuses_what_was_asked_and_its_jobs_go_on(
+    url: str, followed: Config
+) -> None:
+    body = {"prompt": "a red apple", "n": 2, "steps": 80, "seed": 5, "model": "base"}
+    later = httpx.post(
+        f"{url}/v1/images/generations", json=body, headers={"Prefer": "respond-async"}, trust_env=False
+    ).json()
+    with under_load(url, steps=10) as answers:
+        process = ingress()
+        process.kill()
+        killed, seen = time.monotonic(), len(answers)
+        wait_until(lambda: any(each.status_code == 200 for each in answers[seen + 4 :]), timeout_s=300)
+        took = time.monotonic() - killed
+        wait_until(lambda: len(answers) > seen + 12, timeout_s=300)
+    failed = [each.status_code for each in answers if each.status_code != 200]
+    assert set(failed) <= {500, 502, 503} and answers[-1].status_code == 200
+    assert ingress().pid != process.pid
+
+    def job() -> Any:
+        found = get(url, f"/v1/jobs/{later['id']}")
+        return found if found.get("finished_at") else None
+
+    finished = wait_until(job, timeout_s=120)
+    assert finished["status"] == "completed"
+    assert [each["seed"] for each in finished["result"]["data"]] == [5, 6]
+    lost = f"{len(failed)} requests of four clients, answered with an error; no job"
+    record_fault("kill -9 of the ingress, under load", recovery_s=took, lost=lost)
 
 
 def test_places_of_versions_differ_by_digest(followed: Config) -> None:
