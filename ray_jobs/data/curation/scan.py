@@ -7,6 +7,7 @@ named after its dependencies, so that only the new part of a grown dataset or in
 import hashlib
 import io
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from ray_jobs.config import DataConfig
 from ray_jobs.data.curation.cleaning import FIRST_LOOK_SIDE, measure
 from ray_jobs.data.curation.splits import content_digest
 from ray_jobs.data.sources.detection import Piece, Sample, Source
+from ray_jobs.data.sources.samples import LeftOut
 from ray_jobs.pictures.reading import WHITE, Picture, Rejected, read_picture
 
 RayRow = dict[str, Any]  # of Ray Data, by column: values of Arrow, or any object
@@ -28,6 +30,7 @@ RayRow = dict[str, Any]  # of Ray Data, by column: values of Arrow, or any objec
 VERSION = 4  # version of the measures; a change scans anew
 CONTROL_IMAGE, MASK = "control image", "mask"
 FILES_AT_ONCE = 16  # index files read in parallel
+PIECES_HERE, THREADS_HERE, SECONDS_HERE = 16, 2, 15.0  # that are scanned in the driver, and how long
 SCHEMA = pa.schema(
     [
         ("row", pa.int32()),
@@ -158,25 +161,50 @@ def scan(
     progress: Callable[[int], None],
     before: "Mapping[str, Before] | None" = None,
 ) -> None:
-    """Write the missing index files by Ray Data tasks, one per piece.
+    """Write the missing index files, one per piece: the first ones here, and by Ray Data tasks what remains.
+
+    Tasks take longer to start than a small folder takes to look at.
 
     Args:
         missing: result of `missing_entries`.
         progress: callback that receives the number of rows after each piece.
         before: by index file, its rows that an earlier scan looked at.
     """
-    import ray.data
-
     if not missing:
         return
     scan_piece = ScanPiece(
         [source.reader() for source in sources], config, scan_settings(sources, config), index
     )
     items = [{"entry": entry, "before": (before or {}).get(entry.file)} for entry in missing]
-    blocks, done = min(len(items), 1024), 0
+    done = 0
+    if len(items) <= PIECES_HERE and all(_is_small(entry.piece) for entry in missing):
+        done, items = _scanned_here(scan_piece, items, progress)
+    if not items:
+        return
+    import ray.data
+
+    blocks = min(len(items), 1024)
     for row in ray.data.from_items(items, override_num_blocks=blocks).map(scan_piece).iter_rows():
         done += row["rows"]
         progress(done)
+
+
+def _scanned_here(
+    scan_piece: ScanPiece, items: list[RayRow], progress: Callable[[int], None]
+) -> tuple[int, list[RayRow]]:
+    """Scan pieces in this process while that is quick; return the number of rows, and what remains."""
+    done, begin = 0, time.monotonic()
+    with ThreadPoolExecutor(THREADS_HERE) as pool:
+        while items and time.monotonic() - begin < SECONDS_HERE:
+            some, items = items[:THREADS_HERE], items[THREADS_HERE:]
+            done += sum(row["rows"] for row in pool.map(scan_piece, some))
+            progress(done)
+    return done, items
+
+
+def _is_small(piece: Piece) -> bool:
+    """Whether a piece is rows of a folder, or files that are no rows: others hold any number of pictures."""
+    return piece.has_identities or isinstance(piece, LeftOut)
 
 
 def scan_sample(sample: Sample, config: DataConfig) -> dict[str, object]:
