@@ -20,6 +20,8 @@ SECRET = (
     "MLFLOW_TRACKING_USERNAME",
     "MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_TRACKING_TOKEN",
+    "DIFFRAY_KEY",  # of an endpoint, for `diffray update`
+    "PGPASSWORD",  # of serve.feedback_url, likewise
 )
 """Variables passed by the module, if the user has set them."""
 

@@ -80,6 +80,8 @@ def pods_of(manifest: Manifest) -> Iterator[Pod]:
             yield Pod(f"{where}: submitter", "submitter", manifest["spec"]["submitterPodTemplate"])
     elif manifest["kind"] in ("Deployment", "StatefulSet"):
         yield Pod(where, "", manifest["spec"]["template"])
+    elif manifest["kind"] == "CronJob":
+        yield Pod(where, "", manifest["spec"]["jobTemplate"]["spec"]["template"])
 
 
 def pods(overlay: str) -> list[Pod]:

@@ -98,6 +98,17 @@ def test_stores_answer_those_who_need_them() -> None:
         assert not may_connect("gpu", STRANGER, service(store), port)
 
 
+def test_the_update_reaches_what_it_needs_and_its_submitter_the_dashboard_alone() -> None:
+    submitter, head = End(service("update")), ray("interactive", "head")
+    assert may_connect("gpu", submitter, head, DASHBOARD)
+    assert may_connect("gpu", End(head), service("postgresql"), 5432)
+    assert may_connect("gpu", End(head), ray("serving", "worker"), SERVE)
+    for port in (GCS, CLIENT):
+        assert not may_connect("gpu", submitter, head, port)
+    assert not may_connect("gpu", submitter, service("postgresql"), 5432)
+    assert not may_connect("gpu", submitter, ray("serving", "worker"), SERVE)
+
+
 def test_the_machines_credentials_are_out_of_reach() -> None:
     policies = [each["spec"] for each in render("gpu") if each["kind"] == "NetworkPolicy"]
     blocks = [

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from sqlalchemy import make_url
 
+from cluster.submit import parsed
+from cluster.variables import SECRET
 from ray_jobs.config import Config, load_config
 from tests.k8s.manifests import OVERLAYS, ROOT, Manifest, Pod, find, pods, render
 
@@ -22,8 +24,10 @@ MADE_BY_USERS = {  # docs/kubernetes.md tells how
     "diffray-object-storage",
     "diffray-postgresql",
     "diffray-redis",
+    "diffray-update-key",
 }
 MADE_BY_KUBERNETES = {"kube-root-ca.crt"}
+MADE_BY_KUBERAY = {"diffray-interactive"}  # a cluster's token, by authOptions
 PACKAGES = Path(find_spec("ray").origin or "").parents[1]  # type: ignore[union-attr]
 # Where each prefix of a variable must be found: in the sources of what reads it.
 READERS = {
@@ -37,6 +41,7 @@ READERS = {
 }
 OF_OTHER_PROGRAMS = {"HOME", "PGPASSWORD", "PGDATA", "POSTGRES_DB", "POSTGRES_PASSWORD", "POSTGRES_USER"} | {
     "REDIS_PASSWORD",  # of the script in redis.yaml
+    *("DIFFRAY_KEY", "RAY_AUTH_TOKEN"),  # of serving/client.py and cluster/submit.py
     *("NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "NVIDIA_VISIBLE_DEVICES"),  # of NVIDIA's library and runtime
 }
 
@@ -64,6 +69,18 @@ def test_the_jobs_start_modules_of_the_project(overlay: str) -> None:
         program, option, started, *_ = shlex.split(find(overlay, "RayJob", name)["spec"]["entrypoint"])
         assert (program, option, started) == ("python", "-m", f"ray_jobs.{module}")
         assert '__name__ == "__main__"' in (ROOT / "ray_jobs" / f"{module}.py").read_text(encoding="utf-8")
+
+
+def test_the_update_is_submitted_to_the_interactive_cluster_one_at_a_time() -> None:
+    spec = find("gpu", "CronJob", "diffray-update")["spec"]
+    assert spec["concurrencyPolicy"] == "Forbid"
+    (container,) = spec["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    options, command = parsed(container["command"][3:])
+    cluster = find("gpu", "RayCluster", "diffray-interactive")["metadata"]["name"]
+    assert options.address == f"http://{cluster}-head-svc:8265"
+    assert command[:3] == ["python", "-m", "diffray.update"] and "--if-due" in command
+    given = {each["name"] for each in container["env"]}
+    assert given >= {"RAY_AUTH_TOKEN", *(set(SECRET) & {"DIFFRAY_KEY", "PGPASSWORD"})}
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -112,15 +129,15 @@ def test_every_object_that_is_referred_to_exists(overlay: str) -> None:
     present = {(each["kind"], each["metadata"]["name"]) for each in render(overlay)}
     named = set(names_in(render(overlay)))
     assert {kind for kind, _ in named} >= {"Secret", "ConfigMap", "ServiceAccount"}
-    missing = named - present - {("Secret", name) for name in MADE_BY_USERS}
+    missing = named - present - {("Secret", name) for name in MADE_BY_USERS | MADE_BY_KUBERAY}
     assert missing == {("ConfigMap", name) for name in MADE_BY_KUBERNETES}
 
 
 def test_the_documentation_tells_how_each_secret_is_made() -> None:
     text = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
     used = {name for overlay in OVERLAYS for kind, name in names_in(render(overlay)) if kind == "Secret"}
-    assert used == MADE_BY_USERS
-    assert all(f"create secret generic {name}" in text for name in used)
+    assert used - MADE_BY_KUBERAY == MADE_BY_USERS
+    assert all(f"create secret generic {name}" in text for name in MADE_BY_USERS)
 
 
 def services(overlay: str) -> dict[str, Manifest]:
