@@ -13,5 +13,6 @@ def edges(pixels: np.ndarray, low_threshold: float, high_threshold: float) -> np
     """
     import cv2
 
+    cv2.setNumThreads(1)  # callers have a CPU each
     found = cv2.Canny(np.ascontiguousarray(pixels), low_threshold, high_threshold)
     return np.repeat(found[..., None], 3, axis=2)
