@@ -10,7 +10,7 @@ import torch
 
 from cluster.shape import Machine
 from ray_jobs.config import Config, ConfigError
-from ray_jobs.console import GIB
+from ray_jobs.console import GIB, human_size
 from ray_jobs.diffusion.families import family_of
 from ray_jobs.diffusion.precision import cast
 from ray_jobs.diffusion.sampling import decode_latents, whole_pictures
@@ -239,25 +239,13 @@ def test_a_replica_holds_the_next_champion_beside_the_one_that_answers(tiny_flux
     assert problems[-1].endswith("serve.offload: encoders or model, or serve.fuse_champion: false")
 
 
-def test_models_of_control_images_are_counted_where_they_are_loaded(
+def test_a_model_of_control_images_is_counted_beside_the_encoders(
     tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    base, model = tiny("StableDiffusionPipeline"), str(depth_model(tmp_path))
-    control = {"kind": "depth", "model": model}
-    computed = a_config(
-        base, data={"source": "x", "resolution": SIDE, "control": control}, train={"method": "controlnet"}
-    )
-    brought = {"sources": [{"path": "x", "control_column": "depth"}], "resolution": SIDE, "control": control}
-    plain = [need.networks for need in needs(a_config(base))]
-    depth = conditioner_bytes(computed.data.control)
-    assert depth > 0
-    assert [need.networks for need in needs(computed)] == [depth, plain[1] + depth, 0]
-    assert [
-        need.networks for need in needs(a_config(base, data=brought, train={"method": "controlnet"}))
-    ] == [
-        0,
-        plain[1] + depth,
-        0,
-    ]
-    lines, _ = drawing_lines(computed, [Machine("large", 4, 1, 24.0)])
-    assert "of data.control; a picture" in lines[0] and "of feature networks" in lines[1]
+    control = {"kind": "depth", "model": str(depth_model(tmp_path))}
+    data = {"source": "x", "resolution": SIDE, "control": control}
+    config = a_config(tiny("StableDiffusionPipeline"), data=data, train={"method": "controlnet"})
+    size = human_size(conditioner_bytes(config.data.control)).strip()
+    (encoder, evaluator, replica), _ = drawing_lines(config, [Machine("large", 4, 1, 24.0)])
+    assert f" and {size} of data.control; " in encoder and "data.control" not in replica
+    assert " of feature networks; " in evaluator
