@@ -19,7 +19,17 @@ from ray_jobs.evaluation.pool import EvaluatorPool
 from ray_jobs.metrics.ranking import Candidate, require_comparable, winner
 from ray_jobs.report import Spent, TrialCost, number
 from ray_jobs.run.folder import RunFolder
-from ray_jobs.run.records import FID, SUBJECT, VOTES, RungRow, read_rows, worker_hours
+from ray_jobs.run.records import (
+    BESIDE,
+    CONTROL,
+    DISAGREEMENT,
+    FID,
+    SUBJECT,
+    VOTES,
+    RungRow,
+    read_rows,
+    worker_hours,
+)
 from ray_jobs.run.split import VALIDATION
 from ray_jobs.training.trainer import began_with
 from ray_jobs.tuning.computed_steps import read_computed
@@ -169,7 +179,11 @@ def with_error(row: RungRow) -> str:
     """Format a row's ranking score with its error for display."""
     name, digits = row.measure
     told = f"{name} {number(row.score, digits, row.score_error)}"
-    return told if row.ranked_by == FID else f"{told} (FID {row.fid:.1f})"
+    beside = f"FID {row.fid:.1f}"
+    if row.ranked_by == CONTROL and row.disagreement is not None:
+        distance = "" if row.corrected_fid is None else f", corrected {row.corrected_fid:.1f}"
+        beside += f"{distance}; disagreement {row.disagreement:.{BESIDE[DISAGREEMENT].digits}f}"
+    return told if row.ranked_by == FID else f"{told} ({beside})"
 
 
 def spent(config: Config, rows: list[RungRow], computed: Mapping[str, int]) -> Spent:

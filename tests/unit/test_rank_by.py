@@ -167,6 +167,9 @@ def test_scores_are_told_with_the_digits_that_they_need(real: Real) -> None:
     assert with_error(row) == "FID 136.8"
     assert with_error(row | {"ranked_by": KID}) == "KID 0.0153 ± 0.0021 (FID 136.8)"
     assert with_error(row | {"ranked_by": MIND}) == "MIND 310.2 (FID 136.8)"
+    both = row | {"ranked_by": CONTROL, "control": 0.6, "control_error": 0.02, "disagreement": 0.31}
+    told = "control score 0.600 ± 0.020 (FID 136.8, corrected 17.5; disagreement 0.310)"
+    assert with_error(both | {"corrected_fid": 17.46}) == told
     told = scores(features(COUNT, 3), real).described()
     assert [part.split(" ")[-4] for part in told.split(", ")] == ["FID", "FID", "KID", "MIND"]
 
