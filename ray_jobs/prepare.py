@@ -3,11 +3,12 @@
     python -m ray_jobs.prepare --config configs/demo.yaml
     python -m ray_jobs.prepare --config configs/demo.yaml --dry-run
 
-Writes `<storage>/<run>/dataset/`: `index/` (measures of every picture), `rejected.jsonl`, `duplicates.jsonl`,
-`parts.json` and, last, `manifest.json`. Latents and embeddings go to `<storage>/encoded/`, which all runs
-share. With unchanged inputs the stage is skipped; otherwise only new pictures are scanned and encoded. For
-DreamBooth the base model first draws missing class pictures to `<storage>/class_pictures/`. `--dry-run` stops
-before encoding and writes `dataset/preview.html`: what would be kept, and what would be rejected and why.
+Writes `<storage>/<run>/dataset/`: `index/` (measures of every picture), `rows/` (the same in few files),
+`rejected.jsonl`, `duplicates.jsonl`, `parts.json` and, last, `manifest.json`. Latents and embeddings go to
+`<storage>/encoded/`, which all runs share. With unchanged inputs the stage is skipped; otherwise only new
+pictures are scanned and encoded. For DreamBooth the base model first draws missing class pictures to
+`<storage>/class_pictures/`. `--dry-run` stops before encoding and writes `dataset/preview.html`: what would
+be kept, and what would be rejected and why.
 """
 
 import argparse
