@@ -258,16 +258,18 @@ class Config(Section):
             require_unset(self.train.loss, "without mask_column in data.sources", "outside_mask")
 
     def _check_control(self) -> None:
-        """Only ControlNets follow what `data.control` and `control_column` bring, and they need it."""
+        """ControlNets need control images; whether other methods follow them is up to the base."""
         method, data = self.train.method, self.data
         if method == "controlnet" and not data.has_control:
             raise ValueError(
                 "train.method: controlnet needs a control image of each row; name control_column in "
                 "data.sources, or set data.control.kind, as edges"
             )
-        if method != "controlnet" and data.has_control:
-            field = "data.sources: control_column" if data.brings_control else "data.control"
-            raise ValueError(f"{field} is for train.method: controlnet; set that, or leave it out")
+        if method == "lora" and data.has_control and self.train.lora.kind == "oft":
+            raise ValueError(
+                "train.lora.kind: oft leaves no adapter that could bring input channels for control images; "
+                "choose another kind, or train.method: controlnet"
+            )
 
     def _check_quantization(self) -> None:
         """A quantised base is frozen, whole on each worker, and never merged with what was trained on it."""
@@ -320,10 +322,10 @@ class Config(Section):
         """Votes are on images that were drawn for a prompt alone."""
         if self.train.preference is None:
             return
-        if self.data.num_references or self.data.has_masks:
+        if self.data.num_references or self.data.has_masks or self.data.has_control:
             raise ValueError(
-                "train.preference: votes are on images without references or masks; leave reference_columns "
-                "and mask_column of data.sources out"
+                "train.preference: votes are on images without references, masks or control images; leave "
+                "reference_columns, mask_column and control_column of data.sources, and data.control, out"
             )
         if self.search.folds or self.data.folds:
             raise ValueError(

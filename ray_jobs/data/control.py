@@ -1,10 +1,15 @@
 """Control images, and what follows from them for the other settings."""
 
+from typing import TYPE_CHECKING
+
 from cluster.fetched import local_path
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.console import say
 from ray_jobs.run.records import CONTROL
 from ray_jobs.weights.model_files import family_in
+
+if TYPE_CHECKING:
+    from ray_jobs.diffusion.families import Family
 
 
 def suited_to_control(config: Config) -> Config:
@@ -31,11 +36,11 @@ def _check_ranking(config: Config) -> None:
 
 
 def check_control(config: Config) -> None:
-    """Check that the model's family has ControlNets, if rows have control images, and what computes these.
+    """Check that what is trained follows the rows' control images, and what computes these.
 
     Raises:
-        ConfigError: naming the field, if it has none, a model of `data.control` cannot be used, or scores
-            cannot tell what ranks.
+        ConfigError: naming the field, if nothing follows them, a model of `data.control` cannot be used, or
+            scores cannot tell what ranks.
     """
     from ray_jobs.weights.conditioner import check_conditioner
 
@@ -44,16 +49,25 @@ def check_control(config: Config) -> None:
     if not data.has_control:
         return
     family = family_in(local_path(base), revision=config.model.revision)
-    if family.control is None:
+    if reason := _follows_none(family, config.train.method):
         field = "data.sources: control_column" if data.brings_control else "data.control.kind"
-        raise ConfigError(
-            f"{field}: {base} ({family.pipeline_class}) has no ControlNets; remove it, or choose a Stable "
-            "Diffusion, Stable Diffusion XL, Stable Diffusion 3 or FLUX.1"
-        )
+        raise ConfigError(f"{field}: {base} ({family.pipeline_class}) {reason}; or remove it")
     try:
         check_conditioner(data.control)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def _follows_none(family: "Family", method: str) -> str:
+    """Return why what a method trains follows no control images, and what to choose; "" if it does."""
+    if method == "controlnet":
+        models = "a Stable Diffusion, Stable Diffusion XL, Stable Diffusion 3 or FLUX.1"
+        return "" if family.control else f"has no ControlNets; choose {models}"
+    if method == "lora" and family.control_channels:
+        return ""
+    if family.control:
+        return f"follows no control images with train.method: {method}; set that to controlnet"
+    return f"follows no control images with train.method: {method}; choose a FLUX.1, whose adapters do"
 
 
 def control_digest(config: Config) -> str:

@@ -15,7 +15,7 @@ from operator import itemgetter
 import torch
 
 from ray_jobs.diffusion.families import Captions, Components, Conditions, Family, family_of
-from ray_jobs.diffusion.families.control import CONTROL, CONTROLNET
+from ray_jobs.diffusion.families.control import CONTROL
 from ray_jobs.diffusion.families.family import MASK_PIXELS, MASKED, NEXT_TIMESTEP, reference
 from ray_jobs.diffusion.families.text import LENGTHS, MASK, Pictures
 from ray_jobs.diffusion.memory import Chunks, pictures_at_once
@@ -55,9 +55,9 @@ def first_noise(
     """Return the noise of pictures that begin with nothing else; arguments and result as of `initial_noise`.
 
     Some pipelines draw noise for the posterior of another picture before it, which is not used here: those of
-    families that paint masks for the whole picture, and those of `Control.draws_first` for the control image.
+    families that paint masks for the whole picture, and others for the control image.
     """
-    if family.paints_masks or (is_controlled and family.control and family.control.draws_first):
+    if family.paints_masks or (is_controlled and family.draws_control_first):
         initial_noise(generators, family.codec.unpacked_shape(shape))
     return torch.cat([family.codec.noise(generator, shape) for generator in generators])
 
@@ -234,7 +234,7 @@ def encode_references(
 def control_conditions(
     pipeline: Pipeline, pixels: torch.Tensor, device: str | torch.device | None = None
 ) -> Conditions:
-    """Return the condition of a ControlNet.
+    """Return the condition of what follows control images.
 
     Latents are the mean of the autoencoder's posterior, from which diffusers' pipelines draw.
 
@@ -242,9 +242,7 @@ def control_conditions(
         pixels: uint8, N x 3 x height x width: control images, of the pictures' size.
         device: device on which the autoencoder computes; None for that of its weights.
     """
-    control = family_of(pipeline).control
-    assert control
-    if control.form == "latents":
+    if family_of(pipeline).control_form == "latents":
         pixels = pixels.contiguous(memory_format=torch.channels_last)  # as in `cut_out`
         return {CONTROL: encode_references(pipeline, pixels, device)}
     return {CONTROL: pixels.to(device or pipeline.vae.device, torch.float32) / 255}
@@ -288,9 +286,9 @@ def sample_pictures(
         encoded: the pipeline's prompts; None: encode them where its text encoders are.
         references: function that returns the reference pictures of an image by its number, each uint8,
             3 x height x width; images of one shape have as many, of the same shapes. Of families that paint
-            masks it is one, the masked picture, of 4 channels, as for `cut_out`; with a ControlNet, the last
-            one is the control image. None: there are none, all of the image is painted, and nothing is
-            controlled.
+            masks it is one, the masked picture, of 4 channels, as for `cut_out`; where control images
+            are followed, the last one is that. None: there are none, all of the image is painted, and nothing
+            is controlled.
 
     Raises:
         ValueError: guidance is on, and has no meaning for this model.
@@ -300,7 +298,7 @@ def sample_pictures(
         raise ValueError(f"evaluate.guidance_scale: {guidance_scale:g}; {UNGUIDED}; set it to 1")
     encoded = encoded or Prompts(pipeline)
     device, sampled, decoded = pipeline.vae.device, Chunks(), Chunks()
-    is_controlled = bool(references) and CONTROLNET in family.model(pipeline)
+    is_controlled = bool(references) and family.is_controlled(family.model(pipeline))
 
     def shown(numbers: range) -> list[torch.Tensor]:
         each = (references(number) for number in numbers) if references else ()

@@ -237,9 +237,9 @@ class Evaluator:
         elif weights == self.loaded:
             return self.pipeline
         elif self.pipeline is self.base and self.adapted:
-            unload_lora(self.base)
             if self.merged:
                 self.merged.undo()
+            unload_lora(self.base)
             self.adapted, self.merged = False, None
         self.pipeline, self.prompts, self.loaded = self.base, self.base_prompts, BARE
         self.base.scheduler, family = self.base_scheduler, family_of(self.base)
@@ -310,15 +310,15 @@ class Evaluator:
     ) -> "Iterator[torch.Tensor]":
         """Yield batches of pictures: uint8, N x 3 x H x W."""
         from ray_jobs.diffusion.families import family_of
-        from ray_jobs.diffusion.families.control import CONTROLNET
         from ray_jobs.diffusion.sampling import sample_pictures
 
         pipeline = self._use(weights)
         evaluate, side = self.config.evaluate, self.config.data.resolution
         looked_at = None
         if references is not None:
-            # The base of a ControlNet draws without.
-            is_controlled = CONTROLNET in family_of(pipeline).model(pipeline)
+            # The base of what is trained to follow them draws without.
+            family = family_of(pipeline)
+            is_controlled = family.is_controlled(family.model(pipeline))
 
             def looked_at(number: int) -> "list[torch.Tensor]":
                 row = references[places[number]]

@@ -36,7 +36,7 @@ class MergedAdapters:
             parameter.data = parameter.data.clone()
 
     def undo(self) -> None:
-        """Give the layers the base's weights back, to the bit; the adapters must have been removed before."""
+        """Give the layers the base's weights back, to the bit; the adapters must be removed next."""
         for parameter, weights in self._kept:
             parameter.data = weights
         self._kept.clear()

@@ -180,8 +180,8 @@ def blank_conditions(
     if family.paints_masks:
         found[MASKED] = torch.empty((rows, *square_latents(config)))
         found[MASK_PIXELS] = torch.empty((rows, 1, side, side), dtype=torch.bool)
-    if family.control and config.train.method == "controlnet":
-        shape = (3, side, side) if family.control.form == "pixels" else square_latents(config)
+    if config.data.has_control:
+        shape = (3, side, side) if family.control_form == "pixels" else square_latents(config)
         found[CONTROL] = torch.empty((rows, *shape))
     for number, latents in enumerate(square_references(config)):
         found[reference(number)] = torch.empty((rows, *latents))

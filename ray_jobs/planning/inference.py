@@ -23,7 +23,7 @@ from ray_jobs.diffusion.families.control import CONTROLNET
 from ray_jobs.diffusion.precision import PRECISIONS, cast, to_precision
 from ray_jobs.diffusion.quantization import quantize
 from ray_jobs.planning.footprint import blank_conditions
-from ray_jobs.training.setup import begun_controlnet
+from ray_jobs.training.setup import add_channels, begun_controlnet
 from ray_jobs.weights.conditioner import conditioner_bytes
 from ray_jobs.weights.feature_networks import load_networks
 from ray_jobs.weights.loading import dtypes_of, empty_model, load_text, read_index
@@ -194,6 +194,8 @@ class _Parts:
         if stored:
             for name in self.family.networks:
                 quantize(getattr(self.pipeline, name), stored)
+        with init_empty_weights():
+            add_channels(config, self.pipeline, self.family)
         if config.model.quantize_text:
             for encoder in self.family.text.present(self.pipeline).values():
                 quantize(encoder, config.model.quantize_text)

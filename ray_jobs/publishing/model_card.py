@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from ray_jobs.config import LEARNING_RATE, Config, Effect, LoraConfig
 from ray_jobs.config.yaml_text import write_yaml
-from ray_jobs.diffusion.families.control import CONTROLNET, Control
+from ray_jobs.diffusion.families.control import CONTROLNET, Control, ControlChannels
 from ray_jobs.report import beginning, forgotten, headline, number
 from ray_jobs.run.manifest import Manifest
 from ray_jobs.run.records import (
@@ -46,7 +46,7 @@ class PublishedBase:
         paints_masks: see `Family.paints_masks`.
         torchvision: True if plain diffusers needs it to load the base.
         blocks: class of the base's blocks, if diffusers has only a modular pipeline for it.
-        control: of the ControlNet that was trained; None: none was.
+        control: of what was trained to follow control images; None: nothing was.
     """
 
     on_hub: bool = True
@@ -60,7 +60,7 @@ class PublishedBase:
     paints_masks: bool = False
     torchvision: bool = False
     blocks: str | None = None
-    control: Control | None = None
+    control: Control | ControlChannels | None = None
 
 
 # Effects of the sections needed to train the model again; the others configure storage and serving.
@@ -124,9 +124,9 @@ def _front_matter(
     task = "image-to-image" if base.references or base.paints_masks else "text-to-image"
     found: dict[str, object] = {"library_name": "diffusers", "pipeline_tag": task}
     if base.on_hub:  # the Hub accepts only names of its own models
-        relation = "adapter" if lora or base.control else "finetune"
+        relation = "adapter" if lora or isinstance(base.control, Control) else "finetune"
         found |= {"base_model": config.model.base, "base_model_relation": relation}
-    kind = ["lora"] if lora else ["controlnet"] if base.control else []
+    kind = ["lora"] if lora else ["controlnet"] if isinstance(base.control, Control) else []
     found["tags"] = [task, "diffusers", *kind, "diffray"]
     if pictures:
         widget = [{"text": _line(caption), "output": {"url": path}} for caption, path in pictures]
@@ -142,7 +142,8 @@ def _introduction(config: Config, base: PublishedBase, winner: Winner) -> str:
     if config.train.makes_adapter:
         form = "rank" if lora.kind == "lora" else f"trained as {KINDS[lora.kind]} of rank"
         kind = f"LoRA weights ({form} {lora.rank}) for the {does} model {name}"
-    elif base.control:
+        kind += ", with which it follows control images" if base.control else ""
+    elif isinstance(base.control, Control):
         kind = f"A ControlNet for the {does} model {name}"
     else:
         how = "all of its denoiser fine-tuned" if config.train.method == "full" else _rotated(lora)
@@ -202,7 +203,6 @@ def usage(
     variant = f", variant={base.variant!r}" if base.variant else ""
     name = portable(config.model.base)
     lora = config.train.makes_adapter
-    names = {"DiffusionPipeline"}
     if base.blocks:
         load = _modular(base.blocks, name if lora else None, f"{revision}{variant}")
         names = {base.blocks}
@@ -210,7 +210,7 @@ def usage(
             names.add(GUIDER)
             load.append(f"pipeline.update_components(guider={GUIDER}({_arguments(guidance)}))")
             guidance = {}
-    elif control := base.control:
+    elif isinstance(control := base.control, Control):
         names = {control.network_class, control.pipeline_class}
         load = [
             f'controlnet = {control.network_class}.from_pretrained(".", subfolder="{CONTROLNET}")',
@@ -220,7 +220,8 @@ def usage(
         ]
     else:
         told = f"{name!r}{revision}{variant}" if lora else '"."'
-        load = [f"pipeline = DiffusionPipeline.from_pretrained({told}, torch_dtype=torch.float32)"]
+        [kind] = names = {control.pipeline_class if control else "DiffusionPipeline"}
+        load = [f"pipeline = {kind}.from_pretrained({told}, torch_dtype=torch.float32)"]
     if lora:
         load += [
             *(
@@ -350,7 +351,7 @@ def _injection(config: Config, component: str) -> list[str]:
 def _use(config: Config, base: PublishedBase, code: str) -> list[str]:
     dot = HERE if f"model = {HERE}" in code else "the dot"
     where = f"In this folder (on the Hub, put the repository's name in place of {dot})"
-    if (config.train.makes_adapter or base.control) and not base.on_hub:
+    if (config.train.makes_adapter or isinstance(base.control, Control)) and not base.on_hub:
         where += f"; {_text(portable(config.model.base))} is the folder of the base model"
     model = config.model
     kinds = {"a base": model.quantize, "text encoders": model.quantize_text}

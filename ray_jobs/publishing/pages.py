@@ -13,7 +13,8 @@ from cluster.storage import Storage, slug
 from ray_jobs.config import Config
 from ray_jobs.console import say
 from ray_jobs.data.feeding.dataset import Dataset
-from ray_jobs.diffusion.families import family_of
+from ray_jobs.diffusion.families import Family, family_of
+from ray_jobs.diffusion.families.control import Control, ControlChannels
 from ray_jobs.evaluation.actor import Shown
 from ray_jobs.evaluation.cross_validation import splits, standard_error
 from ray_jobs.evaluation.pool import EvaluatorPool
@@ -88,8 +89,14 @@ def published_base(config: Config) -> PublishedBase:
         paints_masks=family.paints_masks,
         torchvision=has_processor(base, revision=revision),
         blocks=blocks_name(index) if is_modular(index) else None,
-        control=family.control if config.train.method == "controlnet" else None,
+        control=_followed(config, family),
     )
+
+
+def _followed(config: Config, family: Family) -> Control | ControlChannels | None:
+    if config.train.method == "controlnet":
+        return family.control
+    return family.control_channels if config.data.has_control else None
 
 
 def write_comfyui(config: Config, weights: Path, folder: RunFolder) -> str:

@@ -98,7 +98,7 @@ class InputMaker:
         preference: loss of `train.preference`, if votes are what is trained on: with `dpo` a row's first
             reference picture is the one that was not preferred; with `kto` liked pictures are of sources with
             an even number.
-        has_control: whether each row has a condition for a ControlNet.
+        has_control: whether each row has a control image.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class InputMaker:
     ) -> None:
         self.preference = preference
         self.control = (CONTROL,) if has_control else ()
-        self.control_form = model.family.control.form if model.family.control else None
+        self.control_form = model.family.control_form
         self.masks = ("mask",) if has_masks else ()
         self.references = tuple(map(reference, range(num_references)))
         self.device, self.settings = device, model.settings

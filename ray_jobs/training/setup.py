@@ -12,7 +12,7 @@ from cluster.fetched import local_path
 from ray_jobs.config import Config, TrainConfig
 from ray_jobs.config.space import ends
 from ray_jobs.data.encoding.shapes import picture_shapes
-from ray_jobs.diffusion.families import CONTROLLED, Family, family_of
+from ray_jobs.diffusion.families import CONTROLLED, FAMILIES, Family, family_of
 from ray_jobs.diffusion.families.control import CONTROLNET
 from ray_jobs.diffusion.finetuning import ADAPTER, FineTuning, add_lora, choose_layers, set_dropout, train_all
 from ray_jobs.diffusion.host_weights import HostWeights
@@ -36,7 +36,7 @@ from ray_jobs.weights.model_files import UNUSED, check_weights, model_folder
 from ray_jobs.weights.rotations import Rotations
 from ray_jobs.weights.saving import save_lora, save_pipeline
 from ray_jobs.weights.schedulers import SCHEDULER
-from ray_jobs.weights.starting_adapter import add_starting_adapter
+from ray_jobs.weights.starting_adapter import add_starting_adapter, brought_layers
 
 CPU = torch.device("cpu")
 SPARE_COMPILATIONS = 4  # of a block's code beside one a shape: blocks may differ in what is trained of them
@@ -164,6 +164,7 @@ def _choose_trained(
     objective, settings = _objective(config, pipeline, family)
     if train.method == "controlnet":
         pipeline.controlnet = begun_controlnet(config, pipeline, family)
+    add_channels(config, pipeline, family)
     parts = {name: getattr(pipeline, name) for name in trained_names(family, train)}
     if train.method == "lora":
         if train.preference and config.model.adapter:  # first: it freezes what is there
@@ -229,6 +230,23 @@ def begun_controlnet(config: Config, pipeline: Pipeline, family: Family) -> Comp
     return read_controlnet(given_folder(model), control, denoiser, empty=is_empty)
 
 
+def add_channels(config: Config, pipeline: Pipeline, family: Family) -> None:
+    """Give the denoiser input channels for control images, if an adapter is to follow them.
+
+    Raises:
+        ValueError: adapters of the base's family cannot.
+    """
+    if config.train.method != "lora" or not config.data.has_control:
+        return
+    if family.control_channels is None:
+        others = ", ".join(sorted(name for name, each in FAMILIES.items() if each.control_channels))
+        raise ValueError(
+            f"train.method: lora: adapters of {family.pipeline_class} follow no control images, only those "
+            f"of {others}; choose one of these, or train.method: controlnet"
+        )
+    family.control_channels.add_to(getattr(pipeline, family.denoiser))
+
+
 def _objective(config: Config, pipeline: Pipeline, family: Family) -> tuple[Objective, LossSettings]:
     """Return the training objective and its settings.
 
@@ -255,6 +273,7 @@ def _add_adapters(config: Config, parts: Mapping[str, Any], family: Family, adap
         chosen = config.train.lora.target_modules if denoises else None
         unused = _unused_layers(name, part, family, config)
         layers = list(chosen or family.trainable[name])
+        layers += brought_layers(config, family) if denoises else []
         try:
             add_lora(part, target_modules=layers, unused=unused, adapter=adapter, **settings)
         except ValueError as error:
@@ -290,6 +309,7 @@ def packed_finetuning(
         ValueError: a setting does not suit the base model; the message names it.
     """
     first = configs[0]
+    add_channels(first, pipeline, family)
     parts = {name: getattr(pipeline, name) for name in trained_names(family, first.train)}
     names = [f"member_{number}" for number in range(len(configs))]
     for name, config in zip(names, configs, strict=True):

@@ -336,6 +336,7 @@ def load_lora(pipeline: Pipeline, folder: Path) -> None:
     path = folder / LORA_WEIGHTS
     tensors, settings = read_adapter_file(path)
     parts = family_of(pipeline).adaptable(pipeline)
+    add_control_channels(pipeline, tensors)
     if _has_lora_loader(pipeline):
         pipeline.load_lora_weights(str(folder), weight_name=LORA_WEIGHTS)
     else:
@@ -354,16 +355,30 @@ def load_lora(pipeline: Pipeline, folder: Path) -> None:
 
 
 def unload_lora(pipeline: Pipeline) -> None:
-    """Remove the adapters that `load_lora` added."""
-    if _has_lora_loader(pipeline):
-        pipeline.unload_lora_weights()
-        return
+    """Remove the adapters that `load_lora` added, and the input channels that they brought."""
     from diffusers.utils import recurse_remove_peft_layers
 
-    for part in family_of(pipeline).adaptable(pipeline).values():
-        if hasattr(part, "peft_config"):
-            recurse_remove_peft_layers(part)
-            del part.peft_config
+    family = family_of(pipeline)
+    if _has_lora_loader(pipeline):
+        pipeline.unload_lora_weights()
+    else:
+        for part in family.adaptable(pipeline).values():
+            if hasattr(part, "peft_config"):
+                recurse_remove_peft_layers(part)
+                del part.peft_config
+    if family.control_channels:
+        family.control_channels.take_from(getattr(pipeline, family.denoiser))
+
+
+def add_control_channels(pipeline: Pipeline, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give a pipeline's denoiser the input channels for control images that an adapter's tensors need."""
+    family = family_of(pipeline)
+    if family.control_channels is None:
+        return
+    denoiser, prefix = getattr(pipeline, family.denoiser), f"{family.denoiser}."
+    shapes = {name.removeprefix(prefix): each.shape for name, each in tensors.items()}
+    if family.control_channels.fit(denoiser, shapes):
+        family.control_channels.add_to(denoiser)
 
 
 def _has_lora_loader(pipeline: Pipeline) -> bool:

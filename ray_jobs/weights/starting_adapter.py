@@ -97,6 +97,15 @@ def with_form_of_adapter(config: Config) -> Config:
     return config.model_copy(update={"train": train})
 
 
+def brought_layers(config: Config, family: Family) -> list[str]:
+    """Return the denoiser's layers that an adapter changes besides `train.lora.target_modules`.
+
+    To follow control images, it must change the layer that takes them.
+    """
+    channels = family.control_channels
+    return [channels.layer] if channels and config.data.has_control else []
+
+
 def add_starting_adapter(
     parts: Mapping[str, Component],
     family: Family,
@@ -127,7 +136,13 @@ def add_starting_adapter(
         layers = {key.partition(".lora_")[0] for key in own}
         if name in family.denoisers:
             unused = family.unused_layers(part, config.data.num_references)
-            _require_layers(layers, config.train.lora.target_modules, unused, file)
+            brought, chosen = brought_layers(config, family), config.train.lora.target_modules
+            if not layers.issuperset(brought):
+                raise ValueError(
+                    f"{FIELD}: {file}: it follows no control images, because it does not change "
+                    f"{brought[0]}; give an adapter that was trained with them, or leave them out"
+                )
+            _require_layers(layers, chosen and [*chosen, *brought], unused, file)
         part.requires_grad_(False)
         try:
             rate = config.train.lora.dropout if dropout is None else dropout

@@ -10,7 +10,6 @@ from typing import Literal, NamedTuple
 import torch
 
 from ray_jobs.diffusion.families import Captions, Conditions, family_of
-from ray_jobs.diffusion.families.control import CONTROLNET
 from ray_jobs.diffusion.protocols import Pipeline
 from ray_jobs.diffusion.sampling import UNGUIDED
 from ray_jobs.diffusion.solvers import Schedule
@@ -60,7 +59,7 @@ def check_request(
         takes = f"at most {family.max_references}" if family.max_references else "none"
         raise RequestError("references", f"{len(request.references)} given; this model takes {takes}")
     _check_masked(request, size, family.paints_masks)
-    _check_control(request, size, is_controlled=CONTROLNET in family.model(pipeline))
+    _check_control(request, size, is_controlled=family.is_controlled(family.model(pipeline)))
     for picture in request.references:
         _check_reference(picture, least, max_side)
     if request.steps < 1:

@@ -39,7 +39,6 @@ def configured(base: Path, **sections: dict[str, Any]) -> Config:
     ("sections", "told"),
     [
         ({"data": {"control": {}}}, "controlnet needs a control image of each row; name control_column"),
-        ({"train": {"method": "lora"}}, "data.control is for train.method: controlnet"),
         ({"train": {"train_text_encoder": True}}, "method controlnet leaves the base as it is"),
         ({"model": {"quantize": "nf4"}}, "model.quantize: nf4 leaves no plain layers for a ControlNet"),
         ({"model": {"adapter": "style"}}, "model.adapter: style is for adapters"),

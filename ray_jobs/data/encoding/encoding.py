@@ -355,9 +355,7 @@ class EncodeRows:
                 painted = self.painted.run(with_masks(pixels, masks), self.encoders.encode_masked, limit)
                 tensors |= {name: torch.cat([part[name] for part in painted]) for name in painted[0]}
         if controls is not None:
-            facet = self.encoders.family.control
-            assert facet
-            if facet.form == "pixels":
+            if self.encoders.family.control_form == "pixels":
                 tensors[CONTROL] = torch.from_numpy(controls).permute(0, 3, 1, 2)
             else:
                 means = self.controlled.run(controls, self.encoders.encode_pictures, limit)

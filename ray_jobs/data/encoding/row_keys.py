@@ -48,10 +48,9 @@ class RowKeys:
 
     @property
     def _control_form(self) -> str | None:
-        """What the model's ControlNets look at."""
+        """What is looked at of a control image."""
         model = self.config.model
-        control = family_in(local_path(model.base), revision=model.revision).control
-        return control.form if control else None
+        return family_in(local_path(model.base), revision=model.revision).control_form
 
     def key(
         self,

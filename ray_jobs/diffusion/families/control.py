@@ -1,10 +1,15 @@
-"""Facet of a family: ControlNets (Zhang et al., arXiv 2302.05543), networks that steer a frozen denoiser."""
+"""Facets of a family: what follows control images.
+
+ControlNets (Zhang et al., arXiv 2302.05543) are networks that steer a frozen denoiser; or the denoiser itself
+has further input channels for them, as FLUX.1's "control LoRA" and the models trained so.
+"""
 
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any, Literal, TypeVar
 
 import torch
+from torch import nn
 
 from ray_jobs.diffusion.objectives import per_row
 from ray_jobs.diffusion.protocols import Component, Denoiser, Pipeline, Settings
@@ -12,8 +17,8 @@ from ray_jobs.diffusion.protocols import Component, Denoiser, Pipeline, Settings
 CONTROLNET = "controlnet"
 """Name of the ControlNet among a pipeline's components."""
 CONTROL = "control"
-"""Condition that a ControlNet looks at, M x ..., as `Control.form` says: pixels of 0 to 1, M x 3 x height x
-width, or latents, M x C x ..., as `Codec.normalised` returns them."""
+"""Control images, M x ..., as `Family.control_form` says: pixels of 0 to 1, M x 3 x height x width, or
+latents, M x C x ..., as `Codec.normalised` returns them."""
 CONTROL_ROWS = "control_rows"
 """Condition that names the rows of `CONTROL` among all N: int64, M; where it is missing, they are all."""
 CONTROL_SCALE = "control_scale"
@@ -127,6 +132,81 @@ class Control:
         import diffusers
 
         return getattr(diffusers, self.network_class)
+
+
+class ControlChannels:
+    """Input channels of a denoiser for the latents of a control image, after those of the picture.
+
+    A base has none. An adapter that follows control images brings them: it changes the layer that takes
+    latents, which is given them with weights of 0, and so begins as the base. diffusers' pipelines draw noise
+    for the posterior of a control image, from the generator of the picture, before the picture's own noise.
+
+    Args:
+        pipeline_class: diffusers' pipeline of models with these channels.
+        layer: the denoiser's layer that takes latents.
+    """
+
+    image_argument = "control_image"
+
+    def __init__(self, pipeline_class: str, layer: str) -> None:
+        self.pipeline_class, self.layer = pipeline_class, layer
+
+    def are_in(self, denoiser: Denoiser) -> bool:
+        """Return whether a denoiser has these channels."""
+        return bool(self._input_layer(denoiser).in_features == 2 * denoiser.out_channels)
+
+    def fit(self, denoiser: Denoiser, shapes: Mapping[str, Sequence[int]]) -> bool:
+        """Return whether an adapter needs these channels.
+
+        Args:
+            shapes: of its tensors, by name in the denoiser.
+        """
+        shape = shapes.get(f"{self.layer}.lora_A.weight")
+        return shape is not None and shape[-1] == 2 * denoiser.out_channels
+
+    @torch.no_grad()
+    def add_to(self, denoiser: Denoiser) -> None:
+        """Give a denoiser these channels, if it has none; until they are trained, they change nothing."""
+        if self.are_in(denoiser):
+            return
+        weight = self._input_layer(denoiser).weight
+        self._set(denoiser, torch.cat([weight, torch.zeros_like(weight)], dim=1))
+
+    @torch.no_grad()
+    def take_from(self, denoiser: Denoiser) -> None:
+        """Leave a denoiser without these channels, as it was before `add_to`."""
+        if self.are_in(denoiser):
+            weight = self._input_layer(denoiser).weight
+            self._set(denoiser, weight[:, : weight.shape[1] // 2].clone())
+
+    def joined(self, latents: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return latents, N x 2C x ..., with those of the control images; 0 where there are none.
+
+        Args:
+            latents: N x C x ...
+        """
+        control, rows = conditions.get(CONTROL), conditions.get(CONTROL_ROWS)
+        if control is None:
+            control = torch.zeros_like(latents)
+        elif rows is not None:
+            control = torch.zeros_like(latents).index_copy(0, rows, control.to(latents.dtype))
+        return torch.cat([latents, control.to(latents.dtype)], dim=1)
+
+    def _input_layer(self, denoiser: Denoiser) -> nn.Linear:
+        found: nn.Linear = getattr(denoiser, self.layer)
+        return found
+
+    def _set(self, denoiser: Denoiser, weight: torch.Tensor) -> None:
+        """Replace the layer that takes latents, which may be quantized, by a plain one."""
+        old = self._input_layer(denoiser)
+        width = weight.shape[1]
+        with torch.device("meta"):
+            layer = nn.Linear(width, old.out_features, bias=old.bias is not None)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        layer.bias = old.bias
+        setattr(denoiser, self.layer, layer.train(old.training))
+        # By default a model predicts as many channels as it takes.
+        denoiser.register_to_config(in_channels=width, out_channels=denoiser.out_channels)
 
 
 T = TypeVar("T", torch.Tensor, torch.Tensor | None)

@@ -3,13 +3,13 @@
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from ray_jobs.diffusion.families.codec import Codec
-from ray_jobs.diffusion.families.control import CONTROLNET, Control
+from ray_jobs.diffusion.families.control import CONTROLNET, Control, ControlChannels
 from ray_jobs.diffusion.families.noise_schedule import NoiseSchedule
 from ray_jobs.diffusion.families.published import KohyaFiles, Published
 from ray_jobs.diffusion.families.text import Text
@@ -22,8 +22,8 @@ Conditions = dict[str, torch.Tensor]
 These are the columns of `Text.embeds`, the family's `picture_conditions`, and `guidance` (float32, N) for
 denoisers that take the guidance scale as an input. Reference pictures are `reference_0`, `reference_1`, ...:
 their latents, N x C x ..., clean, as `Codec.normalised` returns them; see `references_of`. Of families that
-paint masks there are `MASKED` and `MASK_PIXELS`, and for flow maps `NEXT_TIMESTEP` while they sample. For a
-ControlNet there are those of `control`.
+paint masks there are `MASKED` and `MASK_PIXELS`, and for flow maps `NEXT_TIMESTEP` while they sample. Control
+images have those of `control`.
 """
 NEXT_TIMESTEP = "next_timestep"
 """The timesteps at which each row's step ends: float32, N, 0 for the last step."""
@@ -76,6 +76,8 @@ class Family(ABC):
     """Whether diffusers' pipeline draws from reference pictures only."""
     control: Control | None = None
     """The family's ControlNets; None: there are none that are supported."""
+    control_channels: ControlChannels | None = None
+    """Input channels for control images, which adapters bring; None: none do."""
     paints_masks: bool = False
     """Whether the denoiser paints into a mask, and so takes `MASKED` and `MASK_PIXELS`."""
     is_unet: bool = False
@@ -212,6 +214,23 @@ class Family(ABC):
         found |= {name: each for name, each in helpers.items() if each is not None}
         network = getattr(pipeline, CONTROLNET, None) if self.control else None
         return found if network is None else {**found, CONTROLNET: network}
+
+    def is_controlled(self, model: Components) -> bool:
+        """Return whether denoising components follow a control image."""
+        channels = self.control_channels
+        return CONTROLNET in model or (channels is not None and channels.are_in(model[self.denoiser]))
+
+    @property
+    def control_form(self) -> Literal["pixels", "latents"] | None:
+        """What is looked at of a control image; None: no models of the family follow one."""
+        if self.control:
+            return self.control.form
+        return "latents" if self.control_channels else None
+
+    @property
+    def draws_control_first(self) -> bool:
+        """Whether diffusers' pipelines draw noise for a control image before the picture's own."""
+        return self.control.draws_first if self.control else self.control_channels is not None
 
     def adaptable(self, pipeline: Pipeline) -> dict[str, Component]:
         """Return the components that adapters may change, by name: denoisers and text encoders."""

@@ -8,7 +8,14 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from ray_jobs.diffusion.families import tiny
 from ray_jobs.diffusion.families.codec import Codec
-from ray_jobs.diffusion.families.control import CONTROL, CONTROLNET, Control, added, of_controlled
+from ray_jobs.diffusion.families.control import (
+    CONTROL,
+    CONTROLNET,
+    Control,
+    ControlChannels,
+    added,
+    of_controlled,
+)
 from ray_jobs.diffusion.families.family import (
     CLIP_ATTENTION,
     MMDIT_ATTENTION,
@@ -107,7 +114,7 @@ class FluxFamily(Family):
         texts = torch.zeros(embeds.shape[1], 3, device=tokens.device)
         timesteps = timesteps / 1000  # the transformer multiplies it by 1000 again
         control: dict[str, list[torch.Tensor] | None] = {}
-        if CONTROL in conditions:
+        if CONTROL in conditions and CONTROLNET in model:
             named = {"encoder_hidden_states": embeds, "timestep": timesteps, **inputs}
             outputs = model[CONTROLNET](
                 of_controlled(conditions, tokens),
@@ -150,6 +157,7 @@ class Flux(FluxFamily):
         num_layers={"num_layers": 4, "num_single_layers": 4},
         draws_first=True,
     )
+    control_channels: ControlChannels | None = ControlChannels("FluxControlPipeline", "x_embedder")
     variants: tuple[str, ...] = ("", "schnell")
     further_channels = 0  # of the small model's input, beside latents
 
@@ -159,6 +167,9 @@ class Flux(FluxFamily):
         guidance = None
         if self.guidance_embedded(model["transformer"]):
             guidance = conditions.get("guidance", latents.new_ones(len(latents)))
+        channels = self.control_channels
+        if channels and channels.are_in(model["transformer"]):
+            latents = channels.joined(latents, conditions)
         return self.denoise_tokens(
             model,
             *to_tokens(latents),

@@ -17,6 +17,7 @@ class FluxFill(Flux):
     native = (1024, 1024)
     variants = ("",)
     control = None
+    control_channels = None
     further_channels = 4 + 8 * 8  # the masked picture's latents, and the pixels of a latent
 
     def is_distilled(self, pipeline: Pipeline) -> bool:

@@ -14,6 +14,7 @@ class FluxKontext(Flux):
     native = (1024, 1024)
     variants = ("",)
     control = None
+    control_channels = None
 
     def is_distilled(self, pipeline: Pipeline) -> bool:
         return False
