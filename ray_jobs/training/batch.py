@@ -73,14 +73,17 @@ class Piece:
         most = len(rows_of_rank(len(shares), world_size, 0))
         size = -(-most // pieces) if equal else 1
         found = []
-        for numbers in torch.arange(len(mine)).tensor_split(pieces):
-            repeated = torch.zeros(max(0, size - len(numbers)), dtype=torch.long)
-            taken = torch.cat([numbers, repeated])
+        for part in torch.arange(len(mine)).tensor_split(pieces):
+            numbers = part.tolist()
+            repeated = [0] * max(0, size - len(numbers))
+            taken = [*numbers, *repeated]
+            # Without repeated rows a view: captions may have megabytes a row.
+            place = torch.tensor(taken) if repeated else slice(taken[0], taken[-1] + 1)
             found.append(
                 Piece(
-                    {name: tensor[taken] for name, tensor in batch.items()},
-                    [mine[number] for number in taken.tolist()],
-                    [shares[mine[number]] for number in numbers.tolist()] + [0.0] * len(repeated),
+                    {name: tensor[place] for name, tensor in batch.items()},
+                    [mine[number] for number in taken],
+                    [shares[mine[number]] for number in numbers] + [0.0] * len(repeated),
                 )
             )
         return found
@@ -187,6 +190,7 @@ class InputMaker:
                 "weights": torch.tensor(piece.weights),
             },
             {} if lengths is None else {LENGTHS: lengths},
+            has_dropped=bool(dropped.any()),
         )
 
     def finish(self, sent: "Sent") -> tuple[dict[str, Any], torch.Tensor]:
@@ -194,7 +198,10 @@ class InputMaker:
         there = sent.arrived()
         mean, logvar = there["latents_mean"].float(), there["latents_logvar"].float()
         dropped = there["dropped"]
-        conditions = {name: self._dropped(there, name) for name in self.null}
+        conditions = {
+            name: self._dropped(there, name) if sent.has_dropped else there[name].to(null.dtype)
+            for name, null in self.null.items()
+        }
         conditions |= {name: there[COLUMNS[name]] for name in self.picture_conditions} | sent.kept
         conditions |= {
             name: self.codec.normalised(there[name].float(), self.scale) for name in self.references
@@ -257,20 +264,26 @@ class Sent:
     Attributes:
         tensors: on the device, but not to be read before `arrived` has returned.
         kept: conditions that stay on the CPU, where sizes must be known.
+        has_dropped: whether the caption of any row is dropped.
         event: CUDA event after the copy; None on a CPU, where nothing is copied.
     """
 
     tensors: dict[str, torch.Tensor]
     kept: dict[str, torch.Tensor]
+    has_dropped: bool
     event: Any = None
 
     @staticmethod
     def to(
-        device: torch.device, tensors: Mapping[str, torch.Tensor], kept: dict[str, torch.Tensor]
+        device: torch.device,
+        tensors: Mapping[str, torch.Tensor],
+        kept: dict[str, torch.Tensor],
+        *,
+        has_dropped: bool,
     ) -> "Sent":
         """Begin to send tensors of the CPU."""
         if device.type == "cpu":
-            return Sent(dict(tensors), kept)
+            return Sent(dict(tensors), kept, has_dropped)
         places, end = {}, 0
         for name, tensor in tensors.items():
             places[name] = end
@@ -283,7 +296,7 @@ class Sent:
             there = packed.to(device, non_blocking=True)
             event = stream.record_event()
         views = {name: _view(there, places[name], tensor) for name, tensor in tensors.items()}
-        return Sent(views, kept, event)
+        return Sent(views, kept, has_dropped, event)
 
     def arrived(self) -> dict[str, torch.Tensor]:
         """Return the tensors. What a GPU computes from them waits for the copy; the caller does not."""
