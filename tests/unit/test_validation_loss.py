@@ -72,6 +72,7 @@ def prepared(config: Config, folder: Path, split: str = "validation") -> Dataset
                 "conditioning": [each.sizes for each in fitted],
                 "references": b"",
                 "masks": masks.tobytes() if masked else b"",
+                "controls": b"",
             }
         )
         records.append(part.record())
