@@ -36,6 +36,7 @@ from ray_jobs.tuning.computed_steps import read_computed
 
 FINISHED = "finished.json"
 TUNE = "tune"  # folder of Ray Tune, which stays where trials were interrupted
+BEGINNING = "beginning"  # folder of the features of what training began from
 DRIFT = 2.0  # errors of FID by which a rung may be worse than the beginning and still win by votes
 COMPARISON = ("behind", "behind_error", "variance_ratio")
 
@@ -157,16 +158,20 @@ def _within_drift(rows: list[RungRow], pool: EvaluatorPool) -> list[int]:
     """Return the places of the rows that may win.
 
     Of a search by votes these are rows whose FID is not worse than that of what training began from, by more
-    than `DRIFT` times the error; or all, if there is none. Votes say nothing of what else is lost.
+    than `DRIFT` times the error of the difference in pairs of pictures; or all, if there is none. Votes say
+    nothing of what else is lost.
     """
     places = list(range(len(rows)))
     if rows[0].ranked_by != VOTES:
         return places
-    before = pool.score(None, VALIDATION).fid
+    beginning = RunFolder.of(pool.config).search.child(BEGINNING)
+    before = pool.score(None, VALIDATION, beginning).fid
 
     def drifted(row: RungRow) -> bool:
-        error = math.hypot(row.fid_error or 0.0, before.standard_error or 0.0)
-        return row.fid - before.value > DRIFT * error
+        if row.score_error is None:  # nothing is estimated
+            return row.fid > before.value
+        apart = pool.difference(Storage.open(row.checkpoint), beginning, VALIDATION)
+        return apart.value > DRIFT * apart.standard_error
 
     kept = [place for place in places if not drifted(rows[place])]
     if len(kept) < len(places):

@@ -45,7 +45,7 @@ SETTINGS = [
     *("data.validation=0.2", "data.test=0.35", "publish.model_name=loop"),
     *("train.num_workers=1", "train.batch_size=8", "train.lora.rank=16", "train.lora.alpha=16"),
     *("train.ema_decay=0", "train.warmup_steps=4", "search.pack=off", "search.wait_for_scores=false"),
-    *("search.learning_rates=[5.0e-4]", "search.ladder=[20,40]", "search.scheduler=none"),
+    *("search.learning_rates=[3.0e-4]", "search.ladder=[10,20,40]", "search.scheduler=none"),
     *("evaluate.num_samples=48", "evaluate.inference_steps=6", "evaluate.num_actors=1"),
     *("evaluate.second_network=null", "evaluate.bootstrap=16", "evaluate.memorisation_pictures=0"),
     'evaluate.feature_network={"kind": "efficientnet-lite0"}',
