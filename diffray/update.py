@@ -244,7 +244,7 @@ def _mixed(config: Config, data: dict[str, Any], last: Round) -> dict[str, Any]:
         for each, weight in zip(own, weights, strict=True)
     ]
     rest = {name: value for name, value in data.items() if name not in ("source", "sources")}
-    return rest | {"sources": [*sources, {"path": last.feedback, "weight": share}]}
+    return rest | {"sources": [*sources, {"path": last.feedback, "weight": share, "training_only": True}]}
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:

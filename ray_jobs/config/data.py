@@ -29,6 +29,11 @@ class SourceConfig(Section):
         "NDJSON export of Labelbox. Not needed where the export itself is `path`, or the only one in it",
     )
     weight: float | None = Field(None, gt=0, description="share of this source in the rows of an epoch")
+    training_only: Annotated[bool, Added(False)] = Field(
+        False,
+        description="none of its rows is in validation or test, so that these stay as they are without it; a "
+        "near duplicate of one that is there is set aside",
+    )
     splits: list[str] = Field(
         [],
         description="splits to read, of a source that has train, validation, test or others; empty: all "

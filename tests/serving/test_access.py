@@ -572,3 +572,8 @@ def test_a_path_cannot_forge_a_line(plain: Server) -> None:
     plain.client.get("/web/%0A%7B%22status%22%3A200%7D%E2%80%A8" + "x" * 5000)
     (line,) = plain.lines()
     assert line["path"].startswith('/web/\n{"status":200}\u2028xxx') and len(line["path"]) == 2000
+
+
+def test_a_study_needs_the_right_to_vote() -> None:
+    assert needed_scope("/v1/feedback/studies/spring") == "feedback"
+    assert needed_scope("/v1/feedback/studies/spring/images/img-0") == "feedback"

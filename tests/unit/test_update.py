@@ -43,6 +43,7 @@ def test_liked_images_are_mixed_with_the_data_set() -> None:
     assert found.train.preference is None
     weights = {each.path: each.weight for each in found.data.sources}
     assert weights == {"examples/fluent-emoji": 0.75, "f/2": 0.25}
+    assert [each.training_only for each in found.data.sources] == [False, True], "the test split is as before"
 
 
 @pytest.fixture(scope="module")

@@ -133,7 +133,10 @@ def decide(config: Config, entries: Sequence[Entry], index: Storage, dataset: St
     rows = gather_rows(entries, index, dataset)
     num_sources = len(config.data.all_sources)
     num_own = int(rows.counts[[entry.source < num_sources for entry in entries]].sum())
-    return decide_rows(config, rows, num_own, dataset, rows.workers())
+    sources = config.data.all_sources
+    trained = [entry.source < num_sources and sources[entry.source].training_only for entry in entries]
+    only_trained = np.repeat(trained, rows.counts) if any(trained) else None
+    return decide_rows(config, rows, num_own, dataset, rows.workers(), only_trained=only_trained)
 
 
 def decide_rows(
@@ -143,8 +146,13 @@ def decide_rows(
     dataset: Storage,
     workers: Workers,
     num_partitions: int | None = None,
+    only_trained: np.ndarray | None = None,
 ) -> Decisions:
-    """Decide on the rows of a dataset, of which the first `num_own` are the user's own."""
+    """Decide on the rows of a dataset, of which the first `num_own` are the user's own.
+
+    Args:
+        only_trained: bool, by row: those of sources with `training_only`; None: there are none.
+    """
     data, total = config.data, len(rows)
     partitions = num_partitions or -(-max(total, 1) // ROWS_A_PARTITION)
     seen = look_at(config, rows, dataset, workers, partitions)
@@ -157,6 +165,8 @@ def decide_rows(
     first = usable.copy()
     first[seen.later[:, 0]] = False
     own_splits = _own_splits(config, seen, first)
+    if only_trained is not None:
+        own_splits = np.where(only_trained, SPLITS.index("train"), own_splits).astype(np.uint8)
     alike = resolve_alike(rows, first, seen.known >= 0, own_splits, data.cleaning, workers)
     matches, duplicates = _mark_duplicates(config, seen, alike, reasons)
 
@@ -170,6 +180,14 @@ def decide_rows(
         splits[usable] = own_splits[usable]
         splits[alike.rows] = alike.split
         splits[seen.later[:, 0]] = splits[seen.later[:, 1]]
+        if only_trained is not None:  # near duplicates of pictures that are held out
+            astray = only_trained & usable & (splits != SPLITS.index("train")) & reasons.are("")
+            reasons.codes[astray] = reasons.code("near_duplicate_across_splits")
+            kept_first[astray] = False
+            if astray.any():
+                duplicates["near_duplicate_across_splits"] = duplicates.get(
+                    "near_duplicate_across_splits", 0
+                ) + int(astray.sum())
         remember(config, dataset, rows, kept_first, splits, workers)
     folds = np.broadcast_to(np.int16(0), total)
     if data.folds:
