@@ -24,7 +24,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.background import BackgroundTask
 
 from ray_jobs.config import ServeConfig
-from serving.http.access import Access, client_of
+from serving.http.access import Access, client_of, needed_scope
 from serving.http.api import EventStream, _answer_error
 from serving.http.api_keys import KeyRing, Scope, add_key, digest
 from serving.http.asgi_exchange import context_of
