@@ -20,9 +20,10 @@ from ray_jobs.config import ConfigError
 from ray_jobs.data.curation.scan import FILES_AT_ONCE, SCHEMA, Entry
 from ray_jobs.data.curation.workers import InProcess, RayTasks, Workers
 
-VERSION = 2  # version of the files' format; a change gathers anew
+VERSION = 3  # version of the files' format; a change gathers anew
 ROWS = "rows"
 IDENTITY = "identity"
+ROWS_A_BATCH = 4096  # that are read together
 BYTES_A_RUN = 16 << 20  # of index files, about 100,000 rows
 MOST_RUNS = 1024  # with as many partitions, Ray has a million blocks to deal
 COUNTS = b"counts"  # key of the rows of each index file, in the metadata of a file of rows
@@ -88,8 +89,8 @@ class Rows:
     def read(self, low: int, high: int, columns: Sequence[str]) -> pa.Table:
         """Read columns of the rows `low` to `high` (exclusive)."""
         found = [
-            read_rows(self.storage, run.file, columns).slice(
-                max(low - run.low, 0), min(high, run.high) - max(low, run.low)
+            read_rows(
+                self.storage, run.file, columns, max(low, run.low) - run.low, min(high, run.high) - run.low
             )
             for run in self.runs
             if run.low < high and low < run.high
@@ -189,7 +190,7 @@ class _Gather:
         schema = table.schema.with_metadata({COUNTS: counts.tobytes()})
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, schema) as writer:
-            writer.write_table(table.cast(schema))
+            writer.write_table(table.cast(schema), max_chunksize=ROWS_A_BATCH)
         self.storage.write_bytes(name, sink.getvalue().to_pybytes())
         return counts
 
@@ -282,8 +283,16 @@ def _opened(storage: Storage, file: str) -> pa.NativeFile:
     return storage.open_input(file)
 
 
-def read_rows(storage: Storage, file: str, columns: Sequence[str] = tuple(FIELDS)) -> pa.Table:
-    """Read columns of a file of rows; of a local one only the accessed part is loaded.
+def read_rows(
+    storage: Storage,
+    file: str,
+    columns: Sequence[str] = tuple(FIELDS),
+    low: int = 0,
+    high: int | None = None,
+) -> pa.Table:
+    """Read columns of a file's rows `low` to `high` (exclusive; None: the last), by batches of ROWS_A_BATCH.
+
+    Of a local file only the accessed part is loaded.
 
     Raises:
         ConfigError: it is damaged.
@@ -291,8 +300,13 @@ def read_rows(storage: Storage, file: str, columns: Sequence[str] = tuple(FIELDS
     places = [list(FIELDS).index(name) for name in columns]
     options = pa.ipc.IpcReadOptions(included_fields=sorted(places))
     try:
-        found = pa.ipc.open_file(_opened(storage, file), options=options)
-        return found.read_all().replace_schema_metadata(None).select(list(columns))
+        file_of_rows = pa.ipc.open_file(_opened(storage, file), options=options)
+        count, first = file_of_rows.num_record_batches, low // ROWS_A_BATCH
+        last = count if high is None else min(count, -(-high // ROWS_A_BATCH))
+        batches = [file_of_rows.get_batch(number) for number in range(first, last)]
+        found = pa.Table.from_batches(batches, file_of_rows.schema).replace_schema_metadata(None)
+        length = None if high is None else high - low
+        return found.select(list(columns)).slice(low - first * ROWS_A_BATCH, length)
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, FileNotFoundError):
             raise

@@ -9,7 +9,6 @@ outlines are collected.
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NotRequired, TypedDict
 
 import numpy as np
@@ -198,6 +197,7 @@ class Planner:
     Attributes:
         rows: rows of the dataset.
         held_out: see `Decisions`.
+        keys: keys of rows.
         buckets: shapes of pictures.
         reference_sizes: shape of the reference pictures of each bucket; None without references.
     """
@@ -205,6 +205,7 @@ class Planner:
     config: Config
     rows: Rows
     held_out: bool
+    keys: RowKeys
     buckets: Sequence[Size]
     reference_sizes: Mapping[Size, Size] | None = None
 
@@ -215,11 +216,8 @@ class Planner:
         buckets: Sequence[Size],
         reference_sizes: Mapping[Size, Size] | None = None,
     ) -> "Planner":
-        return Planner(config, decisions.rows.for_tasks(), decisions.held_out, buckets, reference_sizes)
-
-    @cached_property
-    def _keys(self) -> RowKeys:
-        return RowKeys(self.config)
+        rows, keys = decisions.rows.for_tasks(), RowKeys(config).settled()
+        return Planner(config, rows, decisions.held_out, keys, buckets, reference_sizes)
 
     def parts(self, chunk: Chunk) -> Iterator[PlannedPart]:
         """Yield the parts of a chunk."""
@@ -277,7 +275,7 @@ class Planner:
             some = numbers[part].tolist()
             drawn = zip(some, variants[part].tolist(), shown[part].tolist(), strict=True)
             keys = [
-                self._keys.key(rows.digests[n], rows.texts[n], bucket, variant, split, show, rows.further[n])
+                self.keys.key(rows.digests[n], rows.texts[n], bucket, variant, split, show, rows.further[n])
                 for n, variant, show in drawn
             ]
             yield PlannedPart(

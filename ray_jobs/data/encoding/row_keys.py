@@ -27,6 +27,13 @@ class RowKeys:
         self.config = config
         self._ends: dict[tuple[Size, int | None, bool], str] = {}
 
+    def settled(self) -> "RowKeys":
+        """Return the keys with all that they depend on, so that a task needs no files of the model."""
+        has_further = self.config.data.all_sources[0].further_columns
+        for name in ("_computed", "_stored") if has_further else ("_computed",):
+            getattr(self, name)
+        return self
+
     @cached_property
     def _stored(self) -> list[object]:
         """What is stored of further pictures: models with the same encoders share the cache."""
