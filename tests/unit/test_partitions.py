@@ -14,6 +14,7 @@ import pytest
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, load_config
 from ray_jobs.data.curation import assigned
+from ray_jobs.data.curation import rows as files_of_rows
 from ray_jobs.data.curation.assigned import ASSIGNED, ONE_FILE, split_settings
 from ray_jobs.data.curation.composition import compose
 from ray_jobs.data.curation.copies import Block, deal, find_copies
@@ -125,6 +126,7 @@ def test_aggregates_lists_and_parts_do_not_depend_on_the_division(
     entries = in_files(index, [row for seed in range(6) for row in drawn(seed)], 0)
     for number, (bytes_a_run, parts) in enumerate(DIVISIONS):
         monkeypatch.setattr(outlines, "ROWS_A_PARTITION", 400 // parts)
+        monkeypatch.setattr(files_of_rows, "ROWS_A_BATCH", (4096, 7, 64)[number])
         dataset = Storage.open(str(tmp_path / f"set{number}"))
         decisions = decided_in_parts(config, entries, index, dataset, bytes_a_run, parts)
         write_findings(decisions, config, dataset)
