@@ -1,7 +1,7 @@
 """Labels of many rows, one byte each: why a row is rejected, or which split it is in."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,12 +18,6 @@ class Labels:
 
     codes: np.ndarray
     names: list[str]
-
-    @staticmethod
-    def of(values: Sequence[str]) -> "Labels":
-        """Return the labels of few rows."""
-        names = list(dict.fromkeys(values))
-        return Labels(np.array([names.index(value) for value in values], np.uint8), names)
 
     def __len__(self) -> int:
         return len(self.codes)
