@@ -31,6 +31,7 @@ class ImageParameters(TypedDict):
     size: str
     strength: float | None
     num_references: int | None
+    guidance_interval: list[float] | None  # None: in all steps
     control_scale: float | None  # of a picture that a ControlNet has steered
 
 
@@ -60,6 +61,7 @@ class RoutedRequest(NamedTuple):
         Args:
             size: width x height in pixels.
         """
+        interval = list(self.request.guidance_interval)
         return {
             "image_id": self.image_id,
             "model": self.version.name if self.version else BASE,
@@ -74,6 +76,7 @@ class RoutedRequest(NamedTuple):
             "size": size,
             "strength": None if self.image is None else self.request.strength,
             "num_references": len(self.references) or None,
+            "guidance_interval": None if interval == [0.0, 1.0] else interval,
             "control_scale": None if self.control is None else self.request.control_scale,
         }
 

@@ -45,7 +45,7 @@ def facts_of(
         with_prompt: include the prompts.
     """
     wanted = ["image_id", "model", "version", "adapter", "adapters", "seed", "steps", "guidance_scale"]
-    wanted += ["size", "strength", "num_references", "control_scale"]
+    wanted += ["size", "strength", "num_references", "control_scale", "guidance_interval"]
     wanted += ["prompt", "negative_prompt"] if with_prompt else []
     facts = {name: parameters.get(name) for name in wanted}
     facts |= {"base": base, "adapter_digest": adapter_digest}

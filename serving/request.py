@@ -56,6 +56,8 @@ class Request:
     masked: "torch.Tensor | None" = None
     control: "torch.Tensor | None" = None  # image that a ControlNet follows: uint8, height x width x 3
     control_scale: float = 1.0  # how much it counts
+    # Classifier-free guidance from this share of the steps to that one, as diffusers' guiders have it.
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
     references: "tuple[torch.Tensor, ...]" = ()  # to look at: uint8, height x width x 3, of any sizes
     adapters: Mixture = ()  # several ones, or a scaled one, instead of `adapter`
     zero_terminal_snr: bool = False  # the adapter was trained with zero terminal SNR

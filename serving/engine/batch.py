@@ -25,7 +25,7 @@ class Batch:
     Attributes:
         family: the family of the model.
         conditions: the denoiser's conditions, N + G x ..., those without a caption last.
-        guided: int64, G: indices of the rows with guidance.
+        guided, guided_rows: int64, G: indices of the rows with guidance; the same as a list.
         guidance_scales: float32, G.
         stacks: adapter updates for the N + G rows, or for the N rows if the family has `helpers`.
         controls: what a ControlNet looks at in each of these rows, and how much that counts; None: nothing.
@@ -36,6 +36,7 @@ class Batch:
     family: Family
     conditions: Conditions
     guided: torch.Tensor
+    guided_rows: list[int]
     guidance_scales: torch.Tensor
     stacks: Stacks
     controls: list[tuple[torch.Tensor, float] | None]
@@ -44,9 +45,9 @@ class Batch:
     @staticmethod
     def of(rows: list[Row], family: Family, model: Components, low_rank: BatchedLoRA, device: str) -> "Batch":
         denoiser: Denoiser = model[family.denoiser]
-        guided = [i for i, row in enumerate(rows) if row.null_captions is not None]
+        guided = [i for i, row in enumerate(rows) if row.guides]
         captions = [row.captions for row in rows]
-        captions += [row.null_captions for row in rows if row.null_captions is not None]
+        captions += [row.null_captions for row in rows if row.guides and row.null_captions is not None]
         conditions = {name: torch.stack([each[name] for each in captions]) for name in family.text.embeds}
         for number in rows[0].references:
             latents = [row.references[number] for row in (*rows, *(rows[i] for i in guided))]
@@ -74,7 +75,12 @@ class Batch:
             else (cast(row.control, dtype_of(denoiser)), row.request.control_scale)
             for row in (*rows, *(rows[i] for i in guided))
         ]
-        return Batch(rows, family, conditions, index, scales[index], stacks, controls)
+        return Batch(rows, family, conditions, index, guided, scales[index], stacks, controls)
+
+    def suits(self, rows: list[Row]) -> bool:
+        """Return whether the batch has these rows, and their next step guides the same of them."""
+        guided = [i for i, row in enumerate(rows) if row.guides]
+        return self.rows == rows and self.guided_rows == guided
 
     def share(self, part: slice) -> "Share":
         """Return the inputs of a slice of the N + G rows; cached, since many steps use it."""

@@ -330,9 +330,9 @@ class Engine:
     def _denoise(self, rows: list[Row]) -> None:
         """Make one denoising step for rows of one kind."""
         kind = rows[0].kind
-        if kind not in self._batches or self._batches[kind].rows != rows:
+        if kind not in self._batches or not self._batches[kind].suits(rows):
             self._batches[kind] = Batch.of(rows, self.family, self.model, self.low_rank, self.device)
-        batch = self._batches[kind]
+        batch, before = self._batches[kind], [row.guides for row in rows]
         latents = torch.stack([row.latents for row in rows])
         step = coefficients([(row.schedule, row.done) for row in rows], self.device, latents.dim() - 1)
         clean = torch.stack([row.clean for row in rows])
@@ -353,6 +353,9 @@ class Engine:
             if earlier is not None:
                 row.earlier = earlier[i]
         self.scheduler.stepped(rows)
+        for row, was_guided in zip(rows, before, strict=True):
+            if row.guides != was_guided:
+                row.deep = None  # features of the other number of passes
 
     def _predict(
         self, batch: Batch, inputs: torch.Tensor, timesteps: torch.Tensor, ends: torch.Tensor | None

@@ -83,7 +83,19 @@ def check_request(
     for text in (request.prompt, request.negative_prompt or ""):
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise RequestError("prompt", "contains an unpaired surrogate, which is not valid Unicode")
+    _check_interval(request, family.guidance_embedded(denoiser))
     _check_adapters(request, with_adapters)
+
+
+def _check_interval(request: Request, guidance_embedded: bool) -> None:
+    start, end = request.guidance_interval
+    if not 0 <= start <= end <= 1:
+        raise RequestError("guidance_interval", f"{start}, {end}; must be two shares of the steps, in order")
+    if (start, end) != (0, 1) and guidance_embedded:
+        reason = "not supported: this model takes the guidance scale as an input"
+        raise RequestError("guidance_interval", reason)
+    if (start, end) != (0, 1) and request.guidance_scale == 1:
+        raise RequestError("guidance_interval", "needs a guidance scale above 1")
 
 
 def _check_adapters(request: Request, with_adapters: bool) -> None:
@@ -214,6 +226,14 @@ class Row:
     def pixels(self) -> int:
         """Pixels of a denoiser call that the row takes, with those of its references."""
         return self.kind.pixels * (2 if self.guided else 1)
+
+    @property
+    def guides(self) -> bool:
+        """True if the next step has classifier-free guidance, for which the denoiser sees the row twice."""
+        start, end = self.request.guidance_interval
+        steps = self.request.steps
+        step = self.done + max(0, steps - len(self.schedule))  # of those that begin from noise
+        return self.guided and int(start * steps) <= step and (step < int(end * steps) or end == 1)
 
     @property
     def finished(self) -> bool:

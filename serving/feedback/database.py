@@ -40,7 +40,7 @@ from ray_jobs.config import Config, ConfigError
 from ray_jobs.run.folder import SharedFolder
 
 FILE = "feedback.db"  # in the storage folder
-SCHEMA = 5  # increased, with a migration, whenever the tables change
+SCHEMA = 6  # increased, with a migration, whenever the tables change
 BUSY_S = 30  # how long one SQLite writer waits for another, in seconds
 LOCK = 0xD1FF_FEED  # PostgreSQL's advisory lock of whoever creates the tables
 ID = String(28)
@@ -72,6 +72,7 @@ generations = Table(
     Column("strength", Double),
     Column("num_references", Integer),
     Column("control_scale", Double),
+    Column("guidance_interval", JSON(none_as_null=True)),
     Column("user", Text),
     Column("key_id", Text),
     Column("seconds", Double, nullable=False),
@@ -141,6 +142,7 @@ MIGRATIONS = {
     3: ("ALTER TABLE generations ADD COLUMN num_references INTEGER",),
     4: ("ALTER TABLE generations ADD COLUMN adapters JSON",),
     5: ("ALTER TABLE generations ADD COLUMN control_scale DOUBLE PRECISION",),
+    6: ("ALTER TABLE generations ADD COLUMN guidance_interval JSON",),
 }
 
 UPSERT: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}

@@ -31,6 +31,7 @@ PARAMETERS = (
     "seed",
     "steps",
     "guidance_scale",
+    "guidance_interval",
     "size",
 )
 

@@ -14,7 +14,17 @@ TIMEOUT_S = 300
 TRIES = 6  # maximum tries of a request that gets 429 or 503
 LONGEST_WAIT_S = 60.0
 # Provenance fields that must match for the reproduced image to be the rated one.
-SAME = ("model", "version", "adapter", "adapters", "seed", "steps", "guidance_scale", "size")
+SAME = (
+    "model",
+    "version",
+    "adapter",
+    "adapters",
+    "seed",
+    "steps",
+    "guidance_scale",
+    "guidance_interval",
+    "size",
+)
 
 
 class Unavailable(Exception):
@@ -50,6 +60,8 @@ class Replayer:
         if generation.adapters is not None:  # recorded with the beginning of their digests
             adapters = [(str(each["name"]), each["scale"]) for each in generation.adapters]
             body["adapters"] = [{"name": name.partition("#")[0], "scale": s} for name, s in adapters]
+        if generation.guidance_interval is not None:
+            body["guidance_interval"] = generation.guidance_interval
         if generation.negative_prompt is not None:
             body["negative_prompt"] = generation.negative_prompt
         [picture] = self._ask(body)["data"]

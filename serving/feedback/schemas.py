@@ -40,6 +40,9 @@ class Generation(BaseModel):
     size: str = Field(pattern=r"^\d+x\d+$", description="width x height in pixels")
     strength: float | None = Field(None, description="of a picture that began with a given one, not kept")
     num_references: int | None = Field(None, description="reference pictures that were sent, not kept")
+    guidance_interval: list[float] | None = Field(
+        None, description="shares of the steps between which there was guidance; null: in all"
+    )
     control_scale: float | None = Field(
         None, description="of a picture that a ControlNet steered by an image, which is not kept"
     )

@@ -107,6 +107,7 @@ class RequestPlanner:
             width,
             previews=min(request.partial_images, steps - 1),  # there are no more intermediate images
             strength=strength or 1.0,
+            guidance_interval=_interval(request),
             control_scale=1.0 if request.control_scale is None else request.control_scale,
             adapters=tuple(
                 ScaledAdapter(adapter_name(each), chosen.scale)
@@ -241,6 +242,11 @@ class RequestPlanner:
             reason = "with strength, drawing begins with one" if limit else "drawing begins with one"
             raise _too_many(images, reason)
         return request.strength or (STRENGTH if mask is None else 1.0), ()
+
+
+def _interval(request: ImageRequest) -> tuple[float, float]:
+    start, end = request.guidance_interval or (0.0, 1.0)
+    return start, end
 
 
 def _control(request: ImageRequest, version: RegisteredModel | None) -> bytes | None:

@@ -27,6 +27,7 @@ PARAMETERS = (
     "previews",
     "strength",
     "control_scale",
+    "guidance_interval",
 )
 ROUTING = ("image_id", "scored", "asked", "fused")
 KEPT = 200  # pairs of images in the folder; the oldest is overwritten

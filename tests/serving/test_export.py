@@ -136,6 +136,7 @@ def test_a_pair_has_all_that_draws_it_again_and_nothing_of_who_asked(
         "model": "served",
         "version": 3,
         "adapter": "fox",
+        "guidance_interval": None,
         "adapters": None,
         "negative_prompt": "blur",
         "seed": 8,

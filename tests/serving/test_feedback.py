@@ -252,14 +252,14 @@ def test_sqlite_keeps_a_write_ahead_log_and_syncs_every_commit(database: str) ->
 def test_tables_of_an_older_program_are_brought_up_to_date_once(either: str) -> None:
     engine = open_database(either)
     with engine.begin() as connection:
-        for column in ("negative_prompt", "num_references", "adapters", "control_scale"):
+        for column in ("negative_prompt", "num_references", "adapters", "control_scale", "guidance_interval"):
             connection.exec_driver_sql(f"ALTER TABLE generations DROP COLUMN {column}")
         connection.exec_driver_sql(
             "ALTER TABLE generations ADD COLUMN negative_prompt TEXT NOT NULL DEFAULT ''"
         )
         connection.exec_driver_sql("UPDATE feedback_schema SET version = 1")
         for number, text in ((1, ""), (2, "blur")):
-            added = {"num_references", "adapters", "control_scale"}
+            added = {"num_references", "adapters", "control_scale", "guidance_interval"}
             row = generation(number, negative_prompt=text).model_dump(exclude=added)
             connection.execute(generations.insert().values(row))
     with ThreadPoolExecutor(4) as pool:

@@ -63,6 +63,21 @@ def test_a_picture_of_two_versions_is_that_of_diffusers_and_is_drawn_again_from_
     assert np.array_equal(pixels_of(base64.b64encode(again).decode()), pixels_of(picture.b64_json))
 
 
+def test_guidance_on_an_interval_is_recorded_and_drawn_again(here: EndpointHere) -> None:
+    body: dict[str, Any] = {"seed": 3, "steps": 4, "guidance_scale": 4.0, "model": "base"}
+    answers: list[Any] = [
+        here.client.images.generate(prompt=PROMPT, extra_body=body | fields)
+        for fields in ({}, {"guidance_interval": [0.25, 0.75]})
+    ]
+    whole, part = (pixels_of(each.data[0].b64_json) for each in answers)
+    assert np.abs(whole - part).max() > 2
+    here.store.flush()
+    (recorded,) = here.store.generations([answers[1].data[0].id])
+    assert recorded.guidance_interval == [0.25, 0.75]
+    again = base64.b64encode(Replayer(here.url).draw(recorded)).decode()
+    assert np.abs(pixels_of(again) - part).max() <= 1
+
+
 def test_an_edit_and_a_stream_take_them_too(here: EndpointHere) -> None:
     file = io.BytesIO()
     Image.new("RGB", (64, 64), "green").save(file, "PNG")

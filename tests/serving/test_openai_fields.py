@@ -95,6 +95,9 @@ def _choices(hint: Any) -> Iterator[Any]:
         ({"quality": "high", "steps": 3}, "quality", "send either quality or steps"),
         ({"response_format": "url", "stream": True}, "response_format", "leave out url, or stream"),
         ({"background": "transparent"}, "background", "send opaque or auto"),
+        ({"guidance_interval": [0.8, 0.2]}, "guidance_interval", "two shares of the steps"),
+        ({"guidance_interval": "[0, NaN]"}, "guidance_interval", "two shares of the steps"),
+        ({"guidance_interval": [0.5]}, "guidance_interval", "at least 2 items"),
         ({"style": "vivid"}, "style", "write the style into the prompt"),
     ],
 )
