@@ -1,8 +1,20 @@
 """Small models with random weights that compute control images, in transformers' format."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def _varied(model: "PreTrainedModel") -> "PreTrainedModel":
+    """Give a model weights with which it finds other depths in other places."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(std=parameter[0].numel() ** -0.5)
+    return model
 
 
 def depth_model(folder: Path, kind: str = "relative") -> Path:
@@ -39,8 +51,43 @@ def depth_model(folder: Path, kind: str = "relative") -> Path:
         depth_estimation_type=kind,
         max_depth=20 if kind == "metric" else 1,
     )
-    DepthAnythingForDepthEstimation(config).save_pretrained(folder)
+    _varied(DepthAnythingForDepthEstimation(config)).save_pretrained(folder)
     DPTImageProcessor(size={"height": 28, "width": 28}, ensure_multiple_of=14).save_pretrained(folder)
+    return folder
+
+
+def zoe_depth(folder: Path) -> Path:
+    """Write a ZoeDepth."""
+    from transformers import BeitConfig, ZoeDepthConfig, ZoeDepthForDepthEstimation, ZoeDepthImageProcessor
+
+    torch.manual_seed(0)
+    backbone = BeitConfig(
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=32,
+        patch_size=16,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+        reshape_hidden_states=False,
+        use_relative_position_bias=True,
+    )
+    config = ZoeDepthConfig(
+        backbone_config=backbone,
+        neck_hidden_sizes=[8, 8, 8, 8],
+        fusion_hidden_size=8,
+        bottleneck_features=8,
+        num_attractors=[4, 4, 4, 1],
+        bin_embedding_dim=8,
+        num_relative_features=8,
+        bin_configurations=[{"n_bins": 8, "min_depth": 0.001, "max_depth": 10.0}],
+        patch_transformer_hidden_size=8,
+        patch_transformer_intermediate_size=8,
+        patch_transformer_num_attention_heads=2,
+        num_patch_transformer_layers=1,
+    )
+    _varied(ZoeDepthForDepthEstimation(config)).save_pretrained(folder)
+    ZoeDepthImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
     return folder
 
 

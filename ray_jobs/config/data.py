@@ -226,7 +226,7 @@ class ControlConfig(Section):
         None,
         min_length=1,
         description="folder or hub name of a model in transformers' format; depth: Depth Anything, DPT, "
-        "ZoeDepth, GLPN or Depth Pro; pose: ViTPose of 17 key points",
+        "ZoeDepth or GLPN; pose: ViTPose of 17 key points",
     )
     revision: Annotated[str | None, Added()] = Field(None, description="revision of `model` on the hub")
     detector: Annotated[str | None, Added()] = Field(

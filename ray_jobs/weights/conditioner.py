@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.functional import interpolate
 
 from cluster.fetched import local_path
 from ray_jobs.config import ControlConfig
@@ -25,14 +26,11 @@ from ray_jobs.weights.model_files import CONFIGURATIONS
 MODEL, DETECTOR = "data.control.model", "data.control.detector"
 VERSION = 1  # of what is drawn; a change computes it anew
 INVERSE = ("depth_anything", "dpt")  # models whose values grow towards the viewer
-DISTANCES = ("depth_pro", "glpn", "zoedepth")  # models whose values are distances
+DISTANCES = ("glpn", ZOE := "zoedepth")  # models whose values are distances
 METRIC = "metric"  # depth_estimation_type of a Depth Anything of distances
 NEAREST = 1e-3  # distances below, which are none, count as this one, in metres
 PERSON = "person"  # label of detectors
-DETECTED, SEEN = (
-    0.3,
-    0.3,
-)  # least scores of a person and of a key point, as transformers' documentation has them
+DETECTED, SEEN = 0.3, 0.3  # least scores of a person and of a key point, as in transformers' documentation
 
 
 class Conditioner(ABC):
@@ -97,15 +95,15 @@ class Depth(Conditioner):
         )
 
     def _conditions(self, pixels: torch.Tensor) -> torch.Tensor:
-        count, _, height, width = pixels.shape
-        outputs = self.parts.run(pixels)
-        options: dict[str, Any] = {"target_sizes": [(height, width)] * count}
-        if self.parts.module.config.model_type == "zoedepth":
-            options["source_sizes"] = options["target_sizes"]  # where it cuts off what it has added
-        found = self.parts.processor.post_process_depth_estimation(outputs, **options)
-        depth = torch.stack([each["predicted_depth"].float() for each in found]).cpu()
-        if self.is_distance:
-            depth = 1 / depth.clamp_min(NEAREST)
+        height, width = pixels.shape[-2:]
+        found = self.parts.run(pixels).predicted_depth.float().cpu()[:, None]
+        if self.is_distance:  # first: between near values, bicubic ones may fall below 0
+            found = 1 / found.clamp_min(NEAREST)
+        # What ZoeDepth's processor has added at each side; its own way to cut it off needs torchvision.
+        is_wider = self.parts.module.config.model_type == ZOE and self.parts.processor.do_pad
+        above, left = (int(3 * (side / 2) ** 0.5) * is_wider for side in (height, width))
+        whole = interpolate(found, (height + 2 * above, width + 2 * left), mode="bicubic")
+        depth = whole[:, 0, above : above + height, left : left + width]
         levels = 255 * _full_range(depth)
         return levels.round().to(torch.uint8)[:, None].expand(-1, 3, -1, -1).contiguous()
 
@@ -273,7 +271,7 @@ def _depth_files(control: ControlConfig, *, weights: bool = True) -> _Files:
     if config["model_type"] not in (*INVERSE, *DISTANCES):
         raise ValueError(
             f"{MODEL}: {files.name}: {config['model_type']} is no depth model that is known; supported are "
-            "Depth Anything, DPT, ZoeDepth, GLPN and Depth Pro"
+            "Depth Anything, DPT, ZoeDepth and GLPN"
         )
     return files
 
