@@ -110,6 +110,12 @@ TESTS = {
     "what a ControlNet steers is the pipeline's, in mixed batches": (
         f"{SERVING}served_control.py::test_every_steered_row_of_a_changing_batch_is_that_of_the_plain_pipeline"
     ),
+    "adapters follow control images, for diffusers": (
+        f"{UNIT}control_lora.py::test_plain_diffusers_reads_it_and_draws_the_same_picture"
+    ),
+    "what follows control images by such an adapter is the pipeline's, in mixed batches": (
+        f"{SERVING}served_control_lora.py::test_every_row_of_a_changing_batch_is_that_of_the_plain_pipeline"
+    ),
     "adapters mixed in a batch": (
         f"{SERVING}adapters.py::test_every_family_mixes_adapters_of_its_denoiser_and_text_encoders"
     ),
@@ -135,6 +141,10 @@ FACETS: Mapping[str, Callable[[Family], bool]] = {
     "paintings are the pipeline's, in mixed batches": lambda family: family.paints_masks,
     "ControlNets are trained, for diffusers": lambda family: bool(family.control),
     "what a ControlNet steers is the pipeline's, in mixed batches": lambda family: bool(family.control),
+    "adapters follow control images, for diffusers": lambda family: bool(family.control_channels),
+    "what follows control images by such an adapter is the pipeline's, in mixed batches": (
+        lambda family: bool(family.control_channels)
+    ),
     "`serve.cache_features`": lambda family: family.is_unet,
     "adapters for ComfyUI": lambda family: family.comfyui_layer(family.denoiser, "layer") is not None,
 }

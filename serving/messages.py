@@ -11,6 +11,7 @@ from serving.load import DriftScores, EngineLoad
 from serving.request import Request
 
 BASE = "base"
+FOLLOWING_BASE = "base with control images"  # engine of adapters that bring input channels for them
 PLACE = re.compile(r"""(?<![\w:/.])/(?:[^\s:'"/]+/)+(?P<last>[^\s:'"/]+)""")
 """An absolute path, and the name at its end."""
 
@@ -163,8 +164,9 @@ def adapter_name(version: RegisteredModel) -> str:
 
 
 def placement_of(version: RegisteredModel | None, *, fused: bool = False) -> Placement:
-    """Return the place of a version. LoRA versions are adapters in the base's engine, unless fused; a fully
-    trained version has its own engine, and so has a ControlNet with its base.
+    """Return the place of a version. LoRA versions are adapters in the base's engine, unless fused; those
+    that follow control images share another engine of the base. A fully trained version has its own engine,
+    and so has a ControlNet with its base.
 
     Names include the digest, because a recreated registry counts versions from 1 again.
     """
@@ -173,4 +175,6 @@ def placement_of(version: RegisteredModel | None, *, fused: bool = False) -> Pla
     name = adapter_name(version)
     if version.method != "lora":
         return Placement(name, None)
-    return Placement(f"fused {name}", None) if fused else Placement(BASE, name)
+    if fused:
+        return Placement(f"fused {name}", None)
+    return Placement(FOLLOWING_BASE if version.control else BASE, name)

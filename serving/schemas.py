@@ -162,15 +162,16 @@ class ImageRequest(BaseModel):
     control_image: str | None = Field(
         None,
         min_length=1,
-        description="Image that the model's ControlNet follows, for example edges: PNG, JPEG or WebP, "
-        "base64-encoded, also as a data: URL. In a form: a file. Without `size` the image has its size.",
+        description="Image that the model follows (`control` of GET /v1/models), for example edges: PNG, "
+        "JPEG or WebP, base64-encoded, also as a data: URL. In a form: a file. Without `size` the image has "
+        "its size.",
     )
     control_scale: float | None = Field(
         None,
         ge=0,
         le=2,
         allow_inf_nan=False,
-        description="How much the ControlNet counts; 0 turns it off. Default: 1.",
+        description="How much a ControlNet counts; 0 turns it off. Default: 1, which adapters take only.",
     )
     user: str | None = Field(
         None,
@@ -409,7 +410,7 @@ class ModelCard(BaseModel):
         description="True: the model was trained to paint into masks, and an edit needs one; others may have "
         "one, outside of which the image stays."
     )
-    control: bool = Field(description="True: it has a ControlNet, which follows `control_image`.")
+    control: bool = Field(description="True: it follows `control_image`, by a ControlNet or by itself.")
 
 
 class ModelList(BaseModel):

@@ -27,6 +27,7 @@ CHAMPION = "champion"  # the version that is served
 CANDIDATE = "candidate"  # the newest version that was not promoted
 PREVIOUS = "previous"  # the version that the champion replaced
 UNEDITED = "unedited_test_target"  # tag: `Measured.unedited`, and with _error its error
+CONTROL_TAG = "control"  # tag of adapters that follow control images: true
 WEIGHTS = "weights"  # tag: folder of the weights, if MLflow's own field `source` does not name it
 # Features for drift detection, stored with a version's weights. The file has safetensors format but not its
 # suffix, because the digest of the weights covers all *.safetensors files.
@@ -56,11 +57,17 @@ class RegisteredModel:
     data: str | None = None  # digest of the prepared data of its training
     folds: int | None = None  # `search.folds` of its search; above 0, it was trained on validation pictures
     reference_resolution: int | None = None  # its `data.reference_resolution`
+    control: bool = False  # an adapter that follows control images
 
     @property
     def has_controlnet(self) -> bool:
         """Whether it is a ControlNet, beside its base."""
         return self.method == "controlnet"
+
+    @property
+    def follows_control(self) -> bool:
+        """Whether it follows control images."""
+        return self.has_controlnet or self.control
 
 
 @dataclass(frozen=True)
@@ -303,4 +310,5 @@ def _of(found: "ModelVersion", metrics: dict[str, float], params: Mapping[str, s
         data=found.tags.get("data_digest") or params.get("dataset"),
         folds=int(folds) if folds else None,
         reference_resolution=int(side) if (side := found.tags.get("reference_resolution")) else None,
+        control=found.tags.get(CONTROL_TAG) == "true",
     )

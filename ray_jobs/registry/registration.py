@@ -27,6 +27,7 @@ from ray_jobs.registry.digests import digest_of_bytes, is_copy, weights_digest
 from ray_jobs.registry.models import (
     CANDIDATE,
     CHAMPION,
+    CONTROL_TAG,
     PREVIOUS,
     UNEDITED,
     WEIGHTS,
@@ -276,6 +277,7 @@ def _tags(config: Config, measured: Measured | None, digest: str) -> dict[str, s
         **({"preference_model": measured.preference_model} if measured.preference_model else {}),
         **_other_scores(measured),
         **_unedited(measured.unedited),
+        **({CONTROL_TAG: "true"} if config.train.method == "lora" and config.data.has_control else {}),
         "guidance_scale": f"{config.evaluate.guidance_scale:g}",
         "folds": str(config.search.folds),
     }

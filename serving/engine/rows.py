@@ -151,7 +151,7 @@ def _check_control(request: Request, size: tuple[int, int], *, is_controlled: bo
             raise RequestError("control_scale", f"{scale}; needs a control image")
         return
     if not is_controlled:
-        raise RequestError("control", "given; this model has no ControlNet")
+        raise RequestError("control", "given; this model follows none")
     if control.dtype != torch.uint8 or control.shape != (*size, 3):
         reason = (
             f"{tuple(control.shape)} of {control.dtype}; uint8, {size[0]} x {size[1]} x 3 is needed, as "

@@ -117,7 +117,7 @@ def _draws(pipeline: Pipeline, row: Row) -> tuple[torch.Tensor, torch.Tensor, to
     shape, family = tuple(row.latents.shape), family_of(pipeline)
     unpacked = family.codec.unpacked_shape(shape)
     generator = torch.Generator().manual_seed(row.request.seed)
-    if row.is_controlled and family.control and family.control.draws_first:
+    if row.is_controlled and family.draws_control_first:
         torch.randn((1, *unpacked), generator=generator)
     first, noise, last = (
         torch.randn((1, *each), generator=generator)[0] for each in (unpacked, shape, unpacked)

@@ -191,7 +191,7 @@ def _add_drawing(api: FastAPI, service: Service) -> None:
                 size=f"{own.width}x{own.height}",
                 references=own.max_references,
                 masks=own.paints_masks,
-                control=offer.version is not None and offer.version.has_controlnet,
+                control=offer.version is not None and offer.version.follows_control,
             )
             for offer in service.catalogue.offers()
         ]

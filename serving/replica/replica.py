@@ -22,6 +22,7 @@ from ray_jobs.registry.local_weights import local_weights
 from ray_jobs.registry.models import RegisteredModel
 from serving.messages import (
     BASE,
+    FOLLOWING_BASE,
     Base,
     BaseTraits,
     Picture,
@@ -43,6 +44,7 @@ from serving.schemas import APIError
 if TYPE_CHECKING:
     import torch
 
+    from ray_jobs.diffusion.protocols import Pipeline
     from serving.engine.engine import Engine
     from serving.engine.rows import Drawing, OnPreview
     from serving.engine.thread import EngineThread
@@ -295,10 +297,13 @@ class Model:
                 quantization=self.base.quantization,
                 text_quantization=self.base.text_quantization,
             )
+            if name == FOLLOWING_BASE or (version and version.control):
+                _add_control_channels(pipeline)
             if folder and method == "lora":
                 parts = family_of(pipeline).adaptable(pipeline)
                 fuse = read_adapter(name, folder, parts, dtype=torch.float32)
-        takes_adapters = (name == BASE or method == "controlnet") and not settings.compile
+        adapted = name in (BASE, FOLLOWING_BASE) or method == "controlnet"
+        takes_adapters = adapted and not settings.compile
         try:
             prepare(
                 pipeline,
@@ -335,6 +340,20 @@ class Model:
         files of the previous one can be deleted."""
         self._fetched.close()
         return self._fetched.enter_context(local_weights(self._versions[name]))
+
+
+def _add_control_channels(pipeline: "Pipeline") -> None:
+    """Give a base the input channels that adapters for control images bring.
+
+    Raises:
+        ValueError: adapters of its family bring none.
+    """
+    from ray_jobs.diffusion.families import family_of
+
+    family = family_of(pipeline)
+    if family.control_channels is None:
+        raise ValueError(f"adapters of {family.pipeline_class} follow no control images")
+    family.control_channels.add_to(getattr(pipeline, family.denoiser))
 
 
 def first_requests(engine: "Engine", num_steps: int, *, compiled: bool) -> list[Request]:

@@ -164,7 +164,9 @@ class RequestPlanner:
                 version = await self.find(chosen.name, user)
             except APIError as error:
                 raise APIError(400, f"{field}: {error.message}", field, error.code) from None
-            if version is None or version.method != "lora":
+            if version is not None and version.control:
+                reason = f"{chosen.name!r} follows control images; request it as model, without adapters"
+            elif version is None or version.method != "lora":
                 reason = f"{chosen.name!r} is no LoRA version; request it as model, without adapters"
             elif version in found:
                 reason = f"{label(version)} is listed twice; add its scales"
@@ -253,7 +255,8 @@ def _control(request: ImageRequest, version: RegisteredModel | None) -> bytes | 
     """Return the file of a request's control image; None without one.
 
     Raises:
-        APIError: 400, it is no base64, the version has no ControlNet, or there is a scale without it.
+        APIError: 400, it is no base64, the version follows none or is mixed with adapters, or there is a
+            scale without it, or one that the version does not take.
     """
     if request.control_image is None:
         if request.control_scale is not None:
@@ -261,9 +264,15 @@ def _control(request: ImageRequest, version: RegisteredModel | None) -> bytes | 
                 400, "control_scale: needs control_image, or leave it out", "control_scale", "invalid_value"
             )
         return None
-    if version is None or not version.has_controlnet:
-        reason = f"{label(version)} has no ControlNet; GET /v1/models says which models have one (control)"
+    if version is None or not version.follows_control:
+        reason = f"{label(version)} follows none; GET /v1/models says which models do (control)"
         raise APIError(400, f"control_image: {reason}", "control_image", "invalid_value")
+    if version.control and request.control_scale not in (None, 1):
+        reason = f"{label(version)} is an adapter, and follows control images in full; leave it out"
+        raise APIError(400, f"control_scale: {reason}", "control_scale", "invalid_value")
+    if version.control and request.adapters:
+        reason = f"{label(version)} is an adapter itself, which is not mixed with others; leave them out"
+        raise APIError(400, f"adapters: {reason}", "adapters", "invalid_value")
     try:
         return base64.b64decode(DATA_URL.sub("", request.control_image), validate=True)
     except binascii.Error:

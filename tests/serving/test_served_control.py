@@ -90,7 +90,7 @@ def test_a_control_image_is_refused_where_it_would_do_nothing() -> None:
     base = small_base(family)
     plain_request = Request(PROMPT, 0, 2, 1.0, None, *SQUARE)
     engine = Engine(base, num_cores=1)
-    with pytest.raises(RequestError, match="control: given; this model has no ControlNet"):
+    with pytest.raises(RequestError, match="control: given; this model follows none"):
         engine.submit(replace(plain_request, control=picture(1, *SQUARE)))
     engine.close()
     engine = Engine(controlled(family, base), num_cores=1)
@@ -181,8 +181,8 @@ def test_a_control_net_and_adapters_draw_together(url: str) -> None:
 @pytest.mark.parametrize(
     ("own", "param", "told"),
     [
-        ({"model": "base"}, "control_image", "base has no ControlNet; GET /v1/models says which"),
-        ({"model": "edges@2"}, "control_image", "edges@2 has no ControlNet"),
+        ({"model": "base"}, "control_image", "base follows none; GET /v1/models says which"),
+        ({"model": "edges@2"}, "control_image", "edges@2 follows none"),
         ({"control_image": "#"}, "control_image", "must be base64"),
         ({"control_image": "R0lGODlh"}, "control_image", "not a picture in one of PNG, JPEG, WEBP"),
         ({"control_scale": 3}, "control_scale", "less than or equal to 2"),

@@ -24,6 +24,8 @@ from ray_jobs.diffusion.protocols import Pipeline
 from ray_jobs.diffusion.sampling import control_conditions, encode_prompts, sample_pictures
 from ray_jobs.evaluation.merged_adapters import MergedAdapters
 from ray_jobs.planning.footprint import footprint
+from ray_jobs.publishing.model_card import usage
+from ray_jobs.publishing.pages import published_base
 from ray_jobs.training.setup import build_model, check_settings, exporter
 from ray_jobs.weights.loading import LORA_WEIGHTS, load_lora, load_pipeline, unload_lora
 from ray_jobs.weights.starting_adapter import with_form_of_adapter
@@ -100,6 +102,21 @@ def pointed(pipeline: Pipeline) -> Pipeline:
     return pipeline
 
 
+def write_control_lora(base: Path, folder: Path, seed: int) -> Path:
+    """Write an adapter that follows control images, as a training does, with random weights."""
+    config = settings(base)
+    family, _ = check_settings(config)
+    assert family is FLUX
+    pipeline, model = build_model(config)
+    generator = torch.Generator().manual_seed(seed)
+    weights = {
+        name: each.detach() + 0.2 * torch.randn(each.shape, generator=generator)
+        for name, each in model.all_trained
+    }
+    exporter(config, pipeline, model, 0)(weights, folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write("FluxPipeline", tmp_path_factory.mktemp("flux") / "base")
@@ -108,17 +125,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an adapter that follows control images, as a training writes it."""
-    config = settings(base)
-    family, _ = check_settings(config)
-    assert family is FLUX
-    pipeline, model = build_model(config)
-    generator = torch.Generator().manual_seed(1)
-    weights = {
-        name: each.detach() + 0.2 * torch.randn(each.shape, generator=generator)
-        for name, each in model.all_trained
-    }
-    folder = tmp_path_factory.mktemp("edges")
-    exporter(config, pipeline, model, 0)(weights, folder)
+    folder = write_control_lora(base, tmp_path_factory.mktemp("edges"), 1)
     assert [path.name for path in folder.iterdir()] == [LORA_WEIGHTS]
     return folder
 
@@ -278,6 +285,20 @@ def test_a_plan_counts_the_channels(base: Path, quantize: str | None) -> None:
     assert found.trained == sum(each.numel() for _, each in model.all_trained)
     without = footprint(settings(base, data={"control": {}}, model=cast(Any, config.model.model_dump())))
     assert found.base + found.trained > without.base + without.trained
+
+
+def test_the_card_has_a_program_that_draws_for_a_control_image(
+    base: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(base, evaluate={"inference_steps": 2})
+    program = usage(config, published_base(config), PROMPT, {"guidance_scale": GUIDANCE})
+    assert "pipeline = FluxControlPipeline.from_pretrained('base', " in program
+    (tmp_path / "base").symlink_to(base)
+    (tmp_path / LORA_WEIGHTS).symlink_to(trained / LORA_WEIGHTS)
+    Image.fromarray(control_image()).save(tmp_path / "control.png")
+    monkeypatch.chdir(tmp_path)
+    exec(program, {})
+    assert Image.open("picture.png").size == (SIDE, SIDE)
 
 
 def test_what_cannot_follow_control_images_is_named(base: Path, tmp_path: Path) -> None:
