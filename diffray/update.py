@@ -28,7 +28,7 @@ from ray_jobs.console import say
 from ray_jobs.data.curation.decisions import HOLD_OUT_FROM
 from ray_jobs.data.votes import needed_text
 from ray_jobs.pipeline import pipeline
-from ray_jobs.registry.models import RegisteredModel, champion
+from ray_jobs.registry.models import CANDIDATE, RegisteredModel, champion
 from ray_jobs.run.command_line import run_stage
 from ray_jobs.run.folder import RunFolder
 from ray_jobs.run.records import Record, Winner
@@ -63,6 +63,11 @@ class Round(Record):
     exported: int
     version: int | None = None
     decision: str | None = None
+
+    @property
+    def was_released(self) -> bool:
+        """Whether its version became the candidate."""
+        return (self.decision or "").startswith(CANDIDATE)
 
 
 def update(config: Config, arguments: argparse.Namespace) -> Round | None:
@@ -187,7 +192,8 @@ def _tell(report: ExportReport, out: Storage) -> None:
 def _finish(config: Config, rounds: list[Round]) -> Round:
     """Train, search, publish and register the last round."""
     last = rounds[-1]
-    derived = config_of(config, last, rounds[:-1])
+    # What was held back may have been held back for its votes.
+    derived = config_of(config, last, [each for each in rounds[:-1] if each.was_released])
     folder = RunFolder.of(derived).root
     with held(folder):
         pipeline(derived, argparse.Namespace(fresh=False))

@@ -38,6 +38,12 @@ def test_a_round_trains_on_its_votes_from_the_champion_and_is_held_to_those_befo
     assert found.data == config.data, "the test split is the champion's"
 
 
+def test_votes_of_a_round_that_was_held_back_hold_no_later_one_back() -> None:
+    assert (FIRST | {"decision": "candidate: its votes"}).was_released
+    assert not (FIRST | {"decision": "held back: the new votes contradict them"}).was_released
+    assert not LAST.was_released
+
+
 def test_liked_images_are_mixed_with_the_data_set() -> None:
     found = config_of(configured("update.train_on=liked", "update.liked_share=0.25"), LAST, [])
     assert found.train.preference is None
