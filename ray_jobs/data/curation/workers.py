@@ -11,6 +11,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 S = TypeVar("S")
 D = TypeVar("D")
+F = TypeVar("F")
 
 
 class Workers(Protocol):
@@ -36,6 +37,16 @@ class Workers(Protocol):
             gather: function of a partition's blocks, in the order of the items.
         """
 
+    def fold(
+        self,
+        deal: Callable[[T], tuple[S, Sequence[D]]],
+        items: Sequence[T],
+        gather: Callable[[Sequence[D]], R],
+        num_partitions: int,
+        fold: Callable[[Iterator[R]], F],
+    ) -> tuple[list[S], F]:
+        """Return as `shuffle`, with what `fold` makes of the results, which stay where they are."""
+
 
 class InProcess:
     """Work in this process, one item after the other."""
@@ -57,6 +68,17 @@ class InProcess:
             own.append(found)
             blocks.append(dealt)
         return own, (gather([dealt[n] for dealt in blocks]) for n in range(num_partitions))
+
+    def fold(
+        self,
+        deal: Callable[[T], tuple[S, Sequence[D]]],
+        items: Sequence[T],
+        gather: Callable[[Sequence[D]], R],
+        num_partitions: int,
+        fold: Callable[[Iterator[R]], F],
+    ) -> tuple[list[S], F]:
+        own, results = self.shuffle(deal, items, gather, num_partitions)
+        return own, fold(results)
 
 
 class RayTasks:
@@ -83,6 +105,27 @@ class RayTasks:
         gather: Callable[[Sequence[D]], R],
         num_partitions: int,
     ) -> tuple[list[S], Iterator[R]]:
+        found, partitions = self._dealt(deal, items, num_partitions)
+        return found, self.gathered(gather, partitions)
+
+    def fold(
+        self,
+        deal: Callable[[T], tuple[S, Sequence[D]]],
+        items: Sequence[T],
+        gather: Callable[[Sequence[D]], R],
+        num_partitions: int,
+        fold: Callable[[Iterator[R]], F],
+    ) -> tuple[list[S], F]:
+        import ray
+
+        found, partitions = self._dealt(deal, items, num_partitions)
+        folded: F = ray.get(ray.remote(_fold).remote(self, gather, partitions, fold))
+        return found, folded
+
+    def _dealt(
+        self, deal: Callable[[T], tuple[S, Sequence[D]]], items: Sequence[T], num_partitions: int
+    ) -> "tuple[list[S], list[list[ray.ObjectRef[D]]]]":
+        """Deal all items; return what `deal` returns of each, and references to each partition's blocks."""
         import ray
 
         dealer = ray.remote(num_returns=1 + num_partitions)(_deal)
@@ -92,10 +135,16 @@ class RayTasks:
             own.append(first)
             blocks.append(dealt)
         found: list[S] = ray.get(own)
+        return found, [[dealt[n] for dealt in blocks] for n in range(num_partitions)]
+
+    def gathered(
+        self, gather: Callable[[Sequence[D]], R], partitions: "Sequence[Sequence[ray.ObjectRef[D]]]"
+    ) -> Iterator[R]:
+        """Yield the results of `gather` for each partition's blocks."""
+        import ray
+
         gatherer, how = ray.remote(_gather), ray.put(gather)
-        partitions = [[dealt[n] for dealt in blocks] for n in range(num_partitions)]
-        del blocks
-        return found, self._results(lambda refs: gatherer.remote(how, *refs), partitions)
+        return self._results(lambda refs: gatherer.remote(how, *refs), partitions)
 
     def _results(self, submit: "Callable[[T], ray.ObjectRef[R]]", items: Sequence[T]) -> Iterator[R]:
         import ray
@@ -116,6 +165,15 @@ def _apply(function: Callable[[T], R], item: T) -> R:
 def _deal(deal: Callable[[T], tuple[S, Sequence[D]]], item: T) -> tuple[object, ...]:
     found, blocks = deal(item)
     return found, *blocks
+
+
+def _fold(
+    workers: RayTasks,
+    gather: Callable[[Sequence[D]], R],
+    partitions: "Sequence[Sequence[ray.ObjectRef[D]]]",
+    fold: Callable[[Iterator[R]], F],
+) -> F:
+    return fold(workers.gathered(gather, partitions))
 
 
 def _gather(gather: Callable[[Sequence[D]], R], *blocks: D) -> R:

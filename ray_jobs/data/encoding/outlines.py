@@ -32,8 +32,9 @@ def outline(planner: Planner, chunks: Iterator[Chunk], num_rows: int, workers: W
     """Plan all chunks, and keep the outlines of their parts."""
     runs = [list(run) for run in iter(lambda: tuple(itertools.islice(chunks, CHUNKS_A_TASK)), ())]
     deal = _Deal(planner, -(-max(num_rows, 1) // ROWS_A_PARTITION))
-    found, lines = workers.shuffle(deal, runs, _sorted_lines, deal.num_partitions)
-    return Outlines([part for parts in found for part in parts], digest_of_lines(lines))
+    # Lines take a hundred bytes a row, which would stay in the driver's mapping of Ray's objects.
+    found, digest = workers.fold(deal, runs, _sorted_lines, deal.num_partitions, digest_of_lines)
+    return Outlines([part for parts in found for part in parts], digest)
 
 
 def digest_of_lines(lines: Iterator[bytes]) -> str:
