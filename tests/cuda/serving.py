@@ -59,9 +59,11 @@ def draw(base: Path, case: str, settings: dict[str, Any], device: Pretend) -> di
     pipeline = load_pipeline(str(base), dtype=torch.bfloat16, **stored)
     prepare(pipeline, "cuda", **switches)
     engine = Engine(pipeline, device="cuda", max_rows=4, cache_features=case == "cached features")
+    # An encoder that sees references asks the device where in a text they are, and this one has no values.
+    seen = engine.family.text.sees_references
     futures = [
         engine.submit(request, (lambda done, picture: None) if request.previews else None)
-        for request in requests(engine.family.max_references)
+        for request in requests(0 if seen else engine.family.max_references)
     ]
     steps = []
     while engine.unfinished:
