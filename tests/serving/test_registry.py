@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ray_jobs.config import Config, ConfigError
+from ray_jobs.config import Config, ConfigError, ControlConfig
 from ray_jobs.registry.digests import digest_of_bytes, weights_digest
 from ray_jobs.registry.models import champion, entries, open_client, tracking_uri, verify_weights
 from ray_jobs.registry.promotion import Measured
@@ -49,6 +49,11 @@ def test_the_registry_says_how_a_version_is_drawn(config: Config, tmp_path: Path
     found = champion(config)
     assert (found.guidance_scale, found.zero_terminal_snr) == (4.5, True)
     assert entries(config, ["drawn"])["drawn"].versions[found.version].guidance_scale == 4.5
+    assert not found.follows_control
+    control = config.data.model_copy(update={"control": ControlConfig(kind="edges")})
+    config = named(config.model_copy(update={"data": control}), "followed")
+    register(config, source=weights(tmp_path / "followed", 2.0), measured=MEASURED, params={})
+    assert champion(config).control and champion(config).follows_control
 
 
 def test_the_champion_outlives_the_folder_that_it_was_registered_from(config: Config, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,8 @@ def test_every_row_of_a_changing_batch_is_that_of_the_plain_pipeline(folders: di
     engine.close()
 
 
-@pytest.fixture(scope="module")
-def url(config: Config, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@contextmanager
+def endpoint(config: Config, folders: dict[str, Path], kept: Path, **serve: Any) -> Iterator[str]:
     """An endpoint of an adapter that follows control images, beside a plain one of the same base."""
     edges, style = (
         RegisteredModel(
@@ -106,12 +107,18 @@ def url(config: Config, folders: dict[str, Path], tmp_path_factory: pytest.TempP
         )
         for number, name in enumerate(("a", "style"), start=1)
     )
-    serve = {"keys": None, "allow_anonymous": True, "safety_checker": None, "drift_pictures": 0}
+    serve |= {"keys": None, "allow_anonymous": True, "safety_checker": None, "drift_pictures": 0}
     settings = config.model_copy(update={"serve": config.serve.model_copy(update=serve)})
-    store = FeedbackStore(open_database(f"sqlite:///{tmp_path_factory.mktemp('feedback') / 'feedback.db'}"))
+    store = FeedbackStore(open_database(f"sqlite:///{kept / 'feedback.db'}"))
     with page_server(settings, edges, style, store) as address:
         yield address
     store.close()
+
+
+@pytest.fixture(scope="module")
+def url(config: Config, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with endpoint(config, folders, tmp_path_factory.mktemp("feedback")) as address:
+        yield address
 
 
 def asked(url: str, **fields: Any) -> Any:
@@ -134,6 +141,13 @@ def test_a_request_sends_what_is_to_be_followed(url: str, folders: dict[str, Pat
     assert (pixels(bare.data[0]) - expected(folders, request)).abs().max() <= TOLERANCE
     offered = {each["id"]: each["control"] for each in httpx.get(f"{url}/v1/models").json()["data"]}
     assert offered["edges@1"] and not offered["edges@2"] and not offered["base"]
+
+
+def test_a_fused_champion_follows_them_too(config: Config, folders: dict[str, Path], tmp_path: Path) -> None:
+    with endpoint(config, folders, tmp_path, fuse_champion=True) as url:
+        answer = asked(url)
+    request = Request(PROMPT, 3, 3, 3.0, None, *WIDE, control=picture(1, *WIDE), adapter="a")
+    assert (pixels(answer.data[0]) - expected(folders, request)).abs().max() <= TOLERANCE
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from ray_jobs.evaluation.merged_adapters import MergedAdapters
 from ray_jobs.planning.footprint import footprint
 from ray_jobs.publishing.model_card import usage
 from ray_jobs.publishing.pages import published_base
-from ray_jobs.training.setup import build_model, check_settings, exporter
+from ray_jobs.training.setup import build_model, build_pack, check_settings, exporter
 from ray_jobs.weights.loading import LORA_WEIGHTS, load_lora, load_pipeline, unload_lora
 from ray_jobs.weights.starting_adapter import with_form_of_adapter
 from tests.tiny_models import write
@@ -210,6 +210,48 @@ def test_every_layer_that_is_trained_learns(base: Path) -> None:
     assert learning == {name for name, _ in model.all_trained}
     down = dict(model.all_trained)["denoiser.x_embedder.lora_A.default.weight"].grad
     assert down is not None and down[:, 16:].any()
+
+
+@pytest.mark.parametrize(
+    ("lora", "quantize"),
+    [
+        ({"use_dora": True}, None),
+        ({"kind": "loha"}, None),
+        ({"kind": "lokr", "factor": 4, "rank": 2}, None),
+        ({}, "nf4"),
+    ],
+)
+def test_adapters_of_every_kind_are_read_as_they_were_trained(
+    base: Path, tmp_path: Path, lora: dict[str, Any], quantize: str | None
+) -> None:
+    config = settings(
+        base,
+        model={"base": str(base), "quantize": quantize},
+        train={"method": "lora", "precision": "fp32", "lora": {"rank": 4, "alpha": 4} | lora},
+    )
+    pipeline, model = build_model(config)
+    generator = torch.Generator().manual_seed(3)
+    for _, each in model.all_trained:
+        each.data += 0.1 * torch.randn(each.shape, generator=generator)
+    exporter(config, pipeline, model, 0)({name: each.detach() for name, each in model.all_trained}, tmp_path)
+    read = load_pipeline(str(base), tmp_path, quantization=quantize)
+    latents = torch.randn(1, *FLUX.codec.shape(read.vae.config, SIDE, SIDE), generator=generator)
+    conditions = encode_prompts(read, [PROMPT])
+    conditions |= control_conditions(read, as_tensor(control_image())[None])
+    inputs = latents, torch.tensor([500.0]), conditions
+    with torch.no_grad():
+        trained = FLUX.denoise(model.eval().model, *inputs)
+        assert torch.allclose(FLUX.denoise(FLUX.model(read), *inputs), trained, atol=1e-4)
+    unload_lora(read)
+    assert not FLUX.is_controlled(FLUX.model(read))
+
+
+def test_adapters_that_follow_control_images_are_trained_together(base: Path) -> None:
+    configs = [settings(base, search={"learning_rates": [rate], "ladder": [2]}) for rate in (1e-4, 2e-4)]
+    _, pack = build_pack(configs)
+    for member in pack.members.values():
+        names = [name for name, _ in member.all_trained if "x_embedder" in name]
+        assert len(names) == 2
 
 
 def test_training_goes_on_from_it(base: Path, trained: Path) -> None:
