@@ -4,6 +4,7 @@ from cluster.capacity import encoders, search_actors, serving_actors, trials_at_
 from cluster.shape import Machine, Placed, place
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.console import GIB, human_size
+from ray_jobs.data.encoding.shapes import picture_shapes
 from ray_jobs.diffusion.memory import pictures_at_once
 from ray_jobs.diffusion.precision import PRECISIONS
 from ray_jobs.planning.estimate import effective_stage, host_memory
@@ -196,9 +197,14 @@ def placement_lines(title: str, placed: Placed) -> list[str]:
 
 
 def plan(config: Config, machines: list[Machine], images_per_second: float | None) -> tuple[str, bool]:
-    """Compose the plan's text; also return True if everything fits."""
+    """Compose the plan's text; also return True if everything fits.
+
+    Raises:
+        ConfigError: the pictures' size does not suit the model.
+    """
     config = of_known_length(config)
     model = Model(config)
+    picture_shapes(config)
     config, of_pack = with_pack(config, model, machines)
     lines = [f"cluster: {machine.describe()}" for machine in _grouped(machines)]
     problems: list[str] = []

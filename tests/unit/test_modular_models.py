@@ -16,6 +16,7 @@ from ray_jobs.diffusion.finetuning import FineTuning, add_lora
 from ray_jobs.diffusion.objectives import FlowMatching, LossSettings
 from ray_jobs.diffusion.sampling import encode_prompts
 from ray_jobs.planning.checks import check_stages
+from ray_jobs.planning.plan import plan
 from ray_jobs.publishing.model_card import usage
 from ray_jobs.publishing.pages import guidance_arguments, published_base
 from ray_jobs.weights.loading import empty_model, load_pipeline, read_index
@@ -126,6 +127,12 @@ def test_a_transformer_of_the_other_kind_is_refused_before_anything_starts(
     path.write_text(json.dumps(json.loads(path.read_text()) | {"flow_map": name == NAME}))
     with pytest.raises(ConfigError, match=rf"model\.base: its transformer {error}.*{name}.*distilled"):
         check_stages(config_of(base, evaluate={"guidance_scale": 1.0}))
+
+
+def test_a_plan_for_pictures_of_another_size_names_the_resolution(base: Path) -> None:
+    config = config_of(base, data={"source": "pictures", "resolution": 72})
+    with pytest.raises(ConfigError, match=r"data\.resolution: 72 is not a multiple of 16.*use 64"):
+        plan(config, [], None)
 
 
 def test_a_flow_map_is_trained_on_steps_without_length(tiny: Callable[[str], Path]) -> None:
