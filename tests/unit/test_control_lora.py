@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.data.control import check_control
+from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.diffusion.families import FAMILIES
 from ray_jobs.diffusion.families.control import CONTROL, CONTROL_ROWS
 from ray_jobs.diffusion.families.flux import from_tokens
@@ -22,13 +24,16 @@ from ray_jobs.diffusion.finetuning import FineTuning
 from ray_jobs.diffusion.objectives import Draws, FlowMatching, LossSettings
 from ray_jobs.diffusion.protocols import Pipeline
 from ray_jobs.diffusion.sampling import control_conditions, encode_prompts, sample_pictures
+from ray_jobs.evaluation.actor import BARE, Evaluator, Shown
 from ray_jobs.evaluation.merged_adapters import MergedAdapters
+from ray_jobs.pictures.reading import encode_png
 from ray_jobs.planning.footprint import footprint
 from ray_jobs.publishing.model_card import usage
 from ray_jobs.publishing.pages import published_base
 from ray_jobs.training.setup import build_model, build_pack, check_settings, exporter
 from ray_jobs.weights.loading import LORA_WEIGHTS, load_lora, load_pipeline, unload_lora
 from ray_jobs.weights.starting_adapter import with_form_of_adapter
+from tests.small_set import small_set
 from tests.tiny_models import write
 
 FLUX = FAMILIES["FluxPipeline"]
@@ -100,6 +105,11 @@ def pointed(pipeline: Pipeline) -> Pipeline:
     with torch.no_grad():
         pipeline.vae.quant_conv.weight[4:], pipeline.vae.quant_conv.bias[4:] = 0, -60
     return pipeline
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return small_set(Storage.open(str(tmp_path_factory.mktemp("set"))))
 
 
 def write_control_lora(base: Path, folder: Path, seed: int) -> Path:
@@ -299,6 +309,23 @@ def test_taken_away_it_leaves_the_base_as_it_was(base: Path, trained: Path, tmp_
         load_lora(whole, tmp_path)
         assert torch.equal(drawn(whole, None), expected)
         unload_lora(whole)
+
+
+def test_evaluators_draw_with_it_and_the_base_without(base: Path, trained: Path, small: Dataset) -> None:
+    evaluate = {"inference_steps": STEPS, "guidance_scale": GUIDANCE, "precision": "fp32"}
+    evaluator = Evaluator(settings(base, evaluate=evaluate), small, 1)
+    png = encode_png(control_image())
+
+    def scored(weights: str | None) -> torch.Tensor:
+        rows = [Shown([], png, control=png)]
+        [batch] = evaluator._sample(weights, [PROMPT], [SEED], [(SIDE, SIDE)], None, rows, [0])
+        return batch[0]
+
+    before, followed = scored(BARE), scored(str(trained))
+    assert torch.equal(scored(None), before) and torch.equal(before, drawn(load_pipeline(str(base)), None))
+    assert torch.equal(scored(str(trained)), followed)
+    alone = drawn(load_pipeline(str(base), trained), control_image())
+    assert (followed.int() - alone.int()).abs().max() <= 1
 
 
 def test_rows_without_a_control_image_draw_as_if_it_were_black_in_latents(base: Path, trained: Path) -> None:
