@@ -75,6 +75,7 @@ def tried(action: Callable[[], object]) -> str:
     except ValueError as error:
         reason = re.sub(r"^(adapter: )?(/\S+: )+", "", str(error))
         reason = re.sub(r"of \w+Pipeline", "of it", re.sub(r"train \w+Pipeline", "train it", reason))
+        reason = re.sub(r" of /\S+, a \w+Pipeline \(.*", " of it", reason, flags=re.DOTALL)
         return reason.partition("; ")[0]
     return ""
 

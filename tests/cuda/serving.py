@@ -40,15 +40,16 @@ OF_UNETS: dict[str, dict[str, Any]] = {"channels last": {"channels_last": True},
 ALL_SWITCHES = ("StableDiffusionPipeline", "FluxPipeline", "ZImagePipeline")
 
 
-def requests(max_references: int) -> list[Request]:
+def requests(max_references: int, *, guided: bool = True) -> list[Request]:
     image = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8)
     looked_at = (image,) * min(max_references, 1)
     size: dict[str, Any] = {"height": 64, "width": 64}
+    two, three = (2.0, 3.0) if guided else (1.0, 1.0)
     return [
-        Request("a red circle", 1, 6, 2.0, **size),
+        Request("a red circle", 1, 6, two, **size),
         Request("a blue cross", 2, 3, 1.0, **size, references=looked_at),
-        Request("", 3, 6, 3.0, image=image, strength=0.7, **size),
-        Request("a green square", 4, 6, 2.0, previews=1, **size),
+        Request("", 3, 6, three, image=image, strength=0.7, **size),
+        Request("a green square", 4, 6, two, previews=1, **size),
     ]
 
 
@@ -61,9 +62,10 @@ def draw(base: Path, case: str, settings: dict[str, Any], device: Pretend) -> di
     engine = Engine(pipeline, device="cuda", max_rows=4, cache_features=case == "cached features")
     # An encoder that sees references asks the device where in a text they are, and this one has no values.
     seen = engine.family.text.sees_references
+    guided = engine.family.has_guidance(pipeline.config)
     futures = [
         engine.submit(request, (lambda done, picture: None) if request.previews else None)
-        for request in requests(0 if seen else engine.family.max_references)
+        for request in requests(0 if seen else engine.family.max_references, guided=guided)
     ]
     steps = []
     while engine.unfinished:
@@ -127,7 +129,7 @@ def sample(base: Path, device: Pretend) -> dict[str, Any]:
         [1, 2, 3],
         shapes=[(64, 64)] * 3,
         num_steps=4,
-        guidance_scale=2.0,
+        guidance_scale=2.0 if family_of(pipeline).has_guidance(pipeline.config) else 1.0,
         batch_size=2,
     )
     assert sum(len(pictures) for pictures in drawn) == 3

@@ -92,8 +92,9 @@ def test_every_family_mixes_an_adapter_and_a_dora_in_their_order(
         write_adapter(folder, tmp_path / name, seed, **VARIANTS[name])
     engine = Engine(load_pipeline(str(folder)), adapter_folder=lambda name: tmp_path / name)
     orders = [tuple(ScaledAdapter(name, 0.7) for name in order) for order in (names, names[::-1])]
+    scale = 3.0 if family_of(engine.pipeline).has_guidance(engine.pipeline.config) else 1.0
     requests = [
-        Request("a small red circle", 5, 2, 3.0, height=64, width=64, adapters=order) for order in orders
+        Request("a small red circle", 5, 2, scale, height=64, width=64, adapters=order) for order in orders
     ]
     futures = [engine.submit(request) for request in requests]
     engine.drain()

@@ -51,8 +51,8 @@ def test_the_registry_says_how_a_version_is_drawn(config: Config, tmp_path: Path
     assert entries(config, ["drawn"])["drawn"].versions[found.version].guidance_scale == 4.5
     assert not found.follows_control
     control = config.data.model_copy(update={"control": ControlConfig(kind="edges")})
-    config = named(config.model_copy(update={"data": control}), "followed")
-    register(config, source=weights(tmp_path / "followed", 2.0), measured=MEASURED, params={})
+    config = named(config.model_copy(update={"data": control}), "steered")
+    register(config, source=weights(tmp_path / "steered", 2.0), measured=MEASURED, params={})
     assert champion(config).control and champion(config).follows_control
 
 

@@ -66,7 +66,11 @@ def expected(folders: dict[str, Path], request: Request) -> torch.Tensor:
     return 255 * torch.from_numpy(found)
 
 
-def test_every_row_of_a_changing_batch_is_that_of_the_plain_pipeline(folders: dict[str, Path]) -> None:
+@pytest.mark.parametrize("family", ["FluxPipeline"])
+def test_every_row_of_a_changing_batch_is_that_of_the_plain_pipeline(
+    folders: dict[str, Path], family: str
+) -> None:
+    assert FLUX.pipeline_class == family
     controlled = Request(PROMPT, 0, 3, 3.0, None, *SIDE, control=picture(1, *SIDE), adapter="a")
     mixed = [
         (0, controlled),

@@ -218,6 +218,8 @@ def test_shadows_go_on_where_the_last_process_stopped(
         "width": None,
         "previews": 0,
         "strength": 1.0,
+        "control_scale": 1.0,
+        "guidance_interval": [0.0, 1.0],
         "image_id": "",
         "scored": False,
         "asked": 0.0,

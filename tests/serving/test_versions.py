@@ -82,7 +82,7 @@ def test_the_score_that_ranked_is_kept_with_a_version_and_decides_between_two(
     kept = measured_of(
         client := open_client(config), client.get_model_version(config.publish.model_name, "1")
     )
-    assert kept and replace(kept, begins_from="") == replace(
+    assert kept and replace(kept, begins_from="", name="") == replace(
         MEASURED, fid=20.0, others={"corrected_fid": Result(14.0, 0.5, 25.0)}, test=None, **ranked
     )
     message = add(2, 10.0, others={"corrected_fid": Result(15.0, 0.5)}, **ranked).message

@@ -171,7 +171,9 @@ def test_it_begins_as_the_base_and_draws_as_it_without_a_control_image(base: Pat
     assert not torch.equal(beginning, plainly)
 
 
-def test_plain_diffusers_reads_it_and_draws_the_same_picture(base: Path, trained: Path) -> None:
+@pytest.mark.parametrize("family", ["FluxPipeline"])
+def test_plain_diffusers_reads_it_and_draws_the_same_picture(base: Path, trained: Path, family: str) -> None:
+    assert FLUX.pipeline_class == family
     ours = pointed(load_pipeline(str(base), trained))
     picture = drawn(ours, control_image()).permute(1, 2, 0).float()
     for name in ("FluxControlPipeline", "FluxPipeline"):

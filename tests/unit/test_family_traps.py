@@ -454,6 +454,7 @@ def test_captions_of_krea_2_are_stored_without_their_padding(
         "image": [b"", b""],
         "conditioning": [[64] * 6] * 2,
         "references": b"",
+        "controls": b"",
     }
     assert EncodePart(cache, config, {})(row) == {"rows": 2, "encoded": 2}
     table = read_part(cache, "part.parquet")

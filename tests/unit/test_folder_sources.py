@@ -43,7 +43,7 @@ def test_a_piece_carries_its_own_rows_only(tmp_path: Path) -> None:
     rows = [{"file_name": f"{n}.png", "text": "x" * 100} for n in range(20 * ROWS_A_PIECE)]
     source = opened(write(tmp_path, {"metadata.jsonl": lines(rows)}))
     assert len(source.pieces) == 20
-    assert all(len(pickle.dumps(piece)) < 150 * ROWS_A_PIECE for piece in source.pieces)
+    assert all(len(pickle.dumps(piece)) < 200 * ROWS_A_PIECE for piece in source.pieces)
     assert len(pickle.dumps(source.reader())) < 1000
 
 

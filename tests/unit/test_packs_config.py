@@ -11,7 +11,7 @@ DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 
 REFUSED = {
     "search.max_concurrent_trials=2": "search.max_concurrent_trials: 2 asks for workers of each trial's own",
-    "train.method=full": "train.method: full trains the base itself",
+    "train.method=full": "train.method: full trains whole layers",
     "search.space={train.batch_size: [4, 8]}": "trials differ in train.batch_size, which is not of their",
     "train.zero_stage=3": "train.engine: DeepSpeed takes the steps",
     "train.compile=true": "train.compile would compile each number of trials anew",

@@ -93,7 +93,7 @@ def test_a_recipe_is_found_by_its_base_or_asked_for() -> None:
     assert diffray.defaults("sdxl-lora").model.base == SDXL
     assert diffray.defaults("sdxl-lora", train={"batch_size": 4}).train.batch_size == 4
     assert config_of("photos", base="black-forest-labs/FLUX.1-dev").evaluate.guidance_scale == 3.5
-    with pytest.raises(ConfigError, match=r"^recipe: give a base, or name the recipe: demo, "):
+    with pytest.raises(ConfigError, match=r"^recipe: give a base, or name the recipe: controlnet, demo, "):
         diffray.fit("photos")
 
 
