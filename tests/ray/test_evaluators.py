@@ -24,7 +24,7 @@ from ray_jobs.publishing.remembered import measure_remembered, require_remembere
 from ray_jobs.publishing.subjects import measure_subjects
 from ray_jobs.publishing.test_split_ledger import read_records
 from ray_jobs.run.folder import SharedFolder
-from ray_jobs.run.records import CONTROL, MEASURES, SUBJECT, TARGET, RungRow
+from ray_jobs.run.records import CONTROL, EARLIER_VOTES, MEASURES, SUBJECT, TARGET, VOTES, RungRow
 from ray_jobs.run.samples import SAMPLES
 from ray_jobs.run.split import TEST, VALIDATION, Split
 from ray_jobs.training.checkpoint import folder_of, weights_of
@@ -225,8 +225,11 @@ def test_a_picture_that_several_folds_have_is_restored_once(
     assert pool._restored(training[:4], times=2)[network].shape == some[network].shape and sent[2:] == [4]
 
 
-# Neither is this set of a subject, nor has it references or control images.
-@pytest.mark.parametrize("measure", sorted(set(MEASURES) - {SUBJECT, TARGET, CONTROL}))
+# Neither is this set of a subject, nor has it references, control images or votes.
+WITHOUT = {SUBJECT, TARGET, CONTROL, VOTES, EARLIER_VOTES}
+
+
+@pytest.mark.parametrize("measure", sorted(set(MEASURES) - WITHOUT))
 def test_two_rungs_are_compared_by_whatever_ranks(
     started: EvaluatorPool, rows: list[RungRow], measure: str
 ) -> None:
