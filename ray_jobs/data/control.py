@@ -60,14 +60,16 @@ def check_control(config: Config) -> None:
 
 def _follows_none(family: "Family", method: str) -> str:
     """Return why what a method trains follows no control images, and what to choose; "" if it does."""
+    from ray_jobs.diffusion.families import pipelines_with
+
     if method == "controlnet":
-        models = "a Stable Diffusion, Stable Diffusion XL, Stable Diffusion 3 or FLUX.1"
-        return "" if family.control else f"has no ControlNets; choose {models}"
+        return "" if family.control else f"has no ControlNets; choose one of {pipelines_with('control')}"
     if method == "lora" and family.control_channels:
         return ""
     if family.control:
         return f"follows no control images with train.method: {method}; set that to controlnet"
-    return f"follows no control images with train.method: {method}; choose a FLUX.1, whose adapters do"
+    others = pipelines_with("control_channels")
+    return f"follows no control images with train.method: {method}; choose one whose adapters do, {others}"
 
 
 def control_digest(config: Config) -> str:

@@ -12,7 +12,7 @@ from cluster.fetched import local_path
 from ray_jobs.config import Config, TrainConfig
 from ray_jobs.config.space import ends
 from ray_jobs.data.encoding.shapes import picture_shapes
-from ray_jobs.diffusion.families import CONTROLLED, FAMILIES, Family, family_of
+from ray_jobs.diffusion.families import Family, family_of, pipelines_with
 from ray_jobs.diffusion.families.control import CONTROLNET
 from ray_jobs.diffusion.finetuning import ADAPTER, FineTuning, add_lora, choose_layers, set_dropout, train_all
 from ray_jobs.diffusion.host_weights import HostWeights
@@ -212,10 +212,9 @@ def begun_controlnet(config: Config, pipeline: Pipeline, family: Family) -> Comp
     """
     control, model, layers = family.control, config.model, config.train.controlnet_layers
     if control is None:
-        others = ", ".join(sorted(each.pipeline_class for each in CONTROLLED.values()))
         raise ValueError(
-            f"train.method: controlnet: {family.pipeline_class} has no ControlNets here, only {others}; "
-            "choose one of these"
+            f"train.method: controlnet: {family.pipeline_class} has no ControlNets here, only "
+            f"{pipelines_with('control')}; choose one of these"
         )
     denoiser = getattr(pipeline, family.denoiser)
     if not model.controlnet:
@@ -239,10 +238,9 @@ def add_channels(config: Config, pipeline: Pipeline, family: Family) -> None:
     if config.train.method != "lora" or not config.data.has_control:
         return
     if family.control_channels is None:
-        others = ", ".join(sorted(name for name, each in FAMILIES.items() if each.control_channels))
         raise ValueError(
             f"train.method: lora: adapters of {family.pipeline_class} follow no control images, only those "
-            f"of {others}; choose one of these, or train.method: controlnet"
+            f"of {pipelines_with('control_channels')}; choose one of these, or train.method: controlnet"
         )
     family.control_channels.add_to(getattr(pipeline, family.denoiser))
 

@@ -17,11 +17,10 @@ from cluster.fetched import local_path
 from ray_jobs.config import ControlConfig
 from ray_jobs.metrics.control import unlike_depth, unlike_edges, unlike_points
 from ray_jobs.metrics.feature_network import freeze, full_precision, require_pictures
-from ray_jobs.metrics.vision_model import FILES, downloaded, model_digest, require_safetensors
+from ray_jobs.metrics.vision_model import CONFIGURATIONS, FILES, downloaded, model_digest, require_safetensors
 from ray_jobs.pictures.edges import edges
 from ray_jobs.pictures.poses import NUM_COCO, Person, draw_poses, key_points, person_of_coco
 from ray_jobs.pictures.reading import WHITE
-from ray_jobs.weights.model_files import CONFIGURATIONS
 
 MODEL, DETECTOR = "data.control.model", "data.control.detector"
 VERSION = 1  # of what is drawn; a change computes it anew
@@ -165,7 +164,7 @@ class Pose(Conditioner):
         experts = {}
         if (
             module.config.backbone_config.num_experts > 1
-        ):  # of ViTPose++; the first one knows COCO's key points
+        ):  # ViTPose++, whose first one knows COCO's key points
             experts["dataset_index"] = torch.zeros(len(values), dtype=torch.long, device=parts.device)
         outputs = module(pixel_values=values, **experts)
         [found] = parts.processor.post_process_pose_estimation(outputs, boxes=[boxes])
@@ -218,19 +217,15 @@ def check_conditioner(control: ControlConfig) -> None:
     """
     if not control.needs_model:
         return
-    depth = control.kind == "depth"
-    _read_processor((_depth_files if depth else _pose_files)(control, weights=False), MODEL)
-    if control.detector:
-        _read_processor(_detector_files(control, weights=False), DETECTOR)
+    for field, files in _all_files(control, weights=False).items():
+        _read_processor(files, field)
 
 
 def conditioner_digest(control: ControlConfig) -> str:
     """Return the digest of the files of `data.control`'s models; "" without any."""
     if not control.needs_model:
         return ""
-    files = [(_depth_files if control.kind == "depth" else _pose_files)(control)]
-    files += [_detector_files(control)] if control.detector else []
-    return " ".join(model_digest(each.folder, FILES) for each in files)
+    return " ".join(model_digest(each.folder, FILES) for each in _all_files(control).values())
 
 
 def conditioner_bytes(control: ControlConfig) -> int:
@@ -248,22 +243,24 @@ def conditioner_bytes(control: ControlConfig) -> int:
 
     if not control.needs_model:
         return 0
+    depth = control.kind == "depth"
+    makers: dict[str, Any] = {
+        MODEL: AutoModelForDepthEstimation.from_config if depth else VitPoseForPoseEstimation,
+        DETECTOR: AutoModelForObjectDetection.from_config,
+    }
+    found = 0
+    for field, files in _all_files(control, weights=False).items():
+        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
+        with torch.device("meta"):
+            found += sum(4 * each.numel() for each in makers[field](config).parameters())
+    return found
 
-    def config(files: _Files) -> Any:
-        return AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
 
-    with torch.device("meta"):
-        modules: list[Any] = []
-        if control.kind == "depth":
-            modules.append(
-                AutoModelForDepthEstimation.from_config(config(_depth_files(control, weights=False)))
-            )
-        else:
-            modules.append(VitPoseForPoseEstimation(config(_pose_files(control, weights=False))))
-        if control.detector:
-            detector = config(_detector_files(control, weights=False))
-            modules.append(AutoModelForObjectDetection.from_config(detector))
-    return sum(4 * each.numel() for module in modules for each in module.parameters())
+def _all_files(control: ControlConfig, *, weights: bool = True) -> dict[str, _Files]:
+    """Return the files of `data.control`'s models, by the field that names each."""
+    own = _depth_files if control.kind == "depth" else _pose_files
+    found = {MODEL: own(control, weights=weights)}
+    return found | ({DETECTOR: _detector_files(control, weights=weights)} if control.detector else {})
 
 
 def _depth_files(control: ControlConfig, *, weights: bool = True) -> _Files:

@@ -1,6 +1,5 @@
 """Read and write ControlNets in diffusers' format, each as a folder of its own beside no base."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from ray_jobs.diffusion.families import family_of
 from ray_jobs.diffusion.families.control import CONTROLNET, Control
 from ray_jobs.diffusion.protocols import Component, Denoiser, Pipeline, Scheduler
+from ray_jobs.metrics.vision_model import FILES, downloaded, model_digest
 from ray_jobs.weights.schedulers import SCHEDULER
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def given_folder(model: "ModelConfig") -> Path:
     place = local_path(str(model.controlnet), FIELD)
     found = controlnet_folder(place) or Path(place)
     if not found.is_dir():
-        found = _downloaded(place, model.controlnet_revision)
+        found = downloaded(place, model.controlnet_revision, FIELD, FILES)
     if not (found / CONFIGURATION).is_file() or not any(found.glob("*.safetensors")):
         raise ValueError(
             f"{FIELD}: {model.controlnet}: a folder with {CONFIGURATION} and safetensors is needed, as "
@@ -46,27 +46,9 @@ def given_folder(model: "ModelConfig") -> Path:
     return found
 
 
-def _downloaded(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        patterns = [CONFIGURATION, "*.safetensors", "*.safetensors.index.json"]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (OSError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{FIELD}: {name}: neither a folder nor a model on the hub ({reason})") from None
-
-
 def given_digest(model: "ModelConfig") -> str | None:
-    """Return the sha256 of the weights' files of `model.controlnet`; None without one."""
-    if not model.controlnet:
-        return None
-    digest = hashlib.sha256()
-    for path in sorted(given_folder(model).glob("*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    """Return the digest of the files of `model.controlnet`; None without one."""
+    return model_digest(given_folder(model)) if model.controlnet else None
 
 
 def read_controlnet(

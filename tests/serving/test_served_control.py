@@ -27,11 +27,12 @@ from serving.feedback.database import open_database
 from serving.feedback.store import FeedbackStore
 from serving.provenance import read_provenance
 from serving.request import Request, RequestError
+from tests.controlled import PROMPT
 from tests.serving.page_server import page_server
 from tests.serving.test_adapters import VARIANTS, write_adapter
 from tests.serving.test_engine import TOLERANCE
 from tests.serving.test_served_edits import as_file, picture, pixels
-from tests.unit.test_control import FAMILIES_WITH_CONTROL, PROMPT, controlled, small_base
+from tests.unit.test_control import FAMILIES_WITH_CONTROL, controlled, small_base
 
 SQUARE, WIDE = (64, 64), (64, 96)
 

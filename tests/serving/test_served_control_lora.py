@@ -23,15 +23,16 @@ from serving.engine.engine import Engine
 from serving.feedback.database import open_database
 from serving.feedback.store import FeedbackStore
 from serving.request import Request
+from tests.controlled import PROMPT, pointed
 from tests.serving.page_server import page_server
 from tests.serving.test_adapters import VARIANTS, write_adapter
 from tests.serving.test_engine import TOLERANCE
 from tests.serving.test_served_edits import as_file, picture, pixels
 from tests.tiny_models import captions
-from tests.unit.test_control_lora import plain, pointed, write_control_lora
+from tests.unit.test_control_lora import plain, write_control_lora
 
 FLUX = FAMILIES["FluxPipeline"]
-PROMPT, SIDE, WIDE = "a red apple", (64, 64), (64, 96)
+SIDE, WIDE = (64, 64), (64, 96)
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,11 @@
 
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from PIL import Image
 
 from ray_jobs.diffusion.families import CONTROLLED, FAMILIES, Family, family_of
 from ray_jobs.diffusion.families.control import CONTROL, CONTROL_ROWS, CONTROL_SCALE
@@ -16,11 +14,11 @@ from ray_jobs.diffusion.families.flux import from_tokens
 from ray_jobs.diffusion.finetuning import FineTuning, train_all
 from ray_jobs.diffusion.objectives import Draws, FlowMatching, LossSettings
 from ray_jobs.diffusion.protocols import Component, Pipeline
-from ray_jobs.diffusion.sampling import control_conditions, encode_prompts, sample_pictures, whole_pictures
+from ray_jobs.diffusion.sampling import control_conditions, encode_prompts, whole_pictures
 from ray_jobs.weights.controlnets import controlled as read_controlled
 from ray_jobs.weights.controlnets import save_controlnet
+from tests.controlled import PROMPT, SIDE, as_tensor, control_image, drawn, plain_drawn, pointed
 
-PROMPT, SEED, STEPS, GUIDANCE, SIDE = "a red apple", 7, 3, 3.0, 64
 FAMILIES_WITH_CONTROL = [pytest.param(each, id=each.pipeline_class) for each in CONTROLLED.values()]
 
 
@@ -39,15 +37,7 @@ def small_base(family: Family) -> Pipeline:
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval()
-    convolution = pipeline.vae.quant_conv
-    with torch.no_grad():
-        convolution.weight[4:], convolution.bias[4:] = 0, -60
-    return pipeline
-
-
-def control_image() -> np.ndarray:
-    """A control image: uint8, SIDE x SIDE x 3."""
-    return np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+    return pointed(pipeline)
 
 
 def controlled(family: Family, base: Pipeline) -> Pipeline:
@@ -57,42 +47,6 @@ def controlled(family: Family, base: Pipeline) -> Pipeline:
     return family.control.pipeline(base, changing(family.control.network(getattr(base, family.denoiser))))
 
 
-def plain_drawn(pipeline: Pipeline, picture: np.ndarray, guidance_scale: float = GUIDANCE) -> np.ndarray:
-    """Return the picture that diffusers' pipeline draws: float32, SIDE x SIDE x 3, 0 to 1."""
-    control, call = family_of(pipeline).control, cast(Any, pipeline)
-    assert control
-    found: np.ndarray = call(
-        PROMPT,
-        **{control.image_argument: Image.fromarray(picture)},
-        height=SIDE,
-        width=SIDE,
-        num_inference_steps=STEPS,
-        guidance_scale=guidance_scale,
-        generator=torch.Generator().manual_seed(SEED),
-        output_type="np",
-    ).images[0]
-    return found
-
-
-def drawn(pipeline: Pipeline, picture: np.ndarray | None) -> torch.Tensor:
-    """Return the picture that our sampler draws: uint8, 3 x SIDE x SIDE."""
-    [batch] = sample_pictures(
-        pipeline,
-        [PROMPT],
-        [SEED],
-        shapes=[(SIDE, SIDE)],
-        num_steps=STEPS,
-        guidance_scale=GUIDANCE,
-        batch_size=1,
-        references=None if picture is None else lambda _: [as_tensor(picture)],
-    )
-    return batch[0]
-
-
-def as_tensor(picture: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(picture).permute(2, 0, 1)
-
-
 @pytest.mark.parametrize("family", FAMILIES_WITH_CONTROL)
 def test_the_picture_is_the_one_that_diffusers_draws(family: Family) -> None:
     base = small_base(family)
@@ -100,9 +54,9 @@ def test_the_picture_is_the_one_that_diffusers_draws(family: Family) -> None:
     pipeline = controlled(family, base)
     assert dict(getattr(base, family.denoiser).config) == before  # which diffusers' own way changes for SD3
     assert family_of(pipeline) is family and list(family.model(pipeline)) == [family.denoiser, "controlnet"]
-    picture = control_image()
-    theirs = plain_drawn(pipeline, picture)
-    ours = drawn(pipeline, picture)
+    assert family.control
+    theirs = plain_drawn(pipeline, family.control.image_argument)
+    ours = drawn(pipeline, control_image())
     difference = ours.permute(1, 2, 0).float() - 255 * torch.from_numpy(theirs)
     assert difference.abs().max() < 0.55
     free = drawn(pipeline, None)
@@ -122,8 +76,8 @@ def test_the_loss_is_that_of_the_pipelines_own_pieces(family: Family) -> None:
         calls.append((latents, torch.as_tensor(timestep).reshape(1), output[0]))
 
     getattr(pipeline, family.denoiser).register_forward_hook(record, with_kwargs=True)
-    picture = control_image()
-    plain_drawn(pipeline, picture, guidance_scale=1.0)
+    assert family.control
+    plain_drawn(pipeline, family.control.image_argument, guidance_scale=1.0)
     noisy, timestep, predicted = calls[1]
     if family.pipeline_class == "FluxPipeline":  # which takes tokens and the share of the schedule
         side = SIDE // 16
@@ -146,7 +100,7 @@ def test_the_loss_is_that_of_the_pipelines_own_pieces(family: Family) -> None:
     model = FineTuning(pipeline, family, objective, LossSettings(timestep_sampling="uniform")).eval()
     conditions = encode_prompts(pipeline, [PROMPT]) | whole_pictures(family, 1, SIDE, SIDE)
     with torch.no_grad():
-        given = control_conditions(pipeline, as_tensor(picture)[None])
+        given = control_conditions(pipeline, as_tensor(control_image())[None])
         loss = model(clean, conditions | given, Draws(position, noise))
         without = model(clean, conditions, Draws(position, noise))
     assert torch.allclose(loss[0], expected, rtol=1e-4)

@@ -23,7 +23,7 @@ from ray_jobs.diffusion.families.flux import from_tokens
 from ray_jobs.diffusion.finetuning import FineTuning
 from ray_jobs.diffusion.objectives import Draws, FlowMatching, LossSettings
 from ray_jobs.diffusion.protocols import Pipeline
-from ray_jobs.diffusion.sampling import control_conditions, encode_prompts, sample_pictures
+from ray_jobs.diffusion.sampling import control_conditions, encode_prompts
 from ray_jobs.evaluation.actor import BARE, Evaluator, Shown
 from ray_jobs.evaluation.merged_adapters import MergedAdapters
 from ray_jobs.pictures.reading import encode_png
@@ -33,11 +33,22 @@ from ray_jobs.publishing.pages import published_base
 from ray_jobs.training.setup import build_model, build_pack, check_settings, exporter
 from ray_jobs.weights.loading import LORA_WEIGHTS, load_lora, load_pipeline, unload_lora
 from ray_jobs.weights.starting_adapter import with_form_of_adapter
+from tests.controlled import (
+    GUIDANCE,
+    PROMPT,
+    SEED,
+    SIDE,
+    STEPS,
+    as_tensor,
+    control_image,
+    drawn,
+    plain_drawn,
+    pointed,
+)
 from tests.small_set import small_set
 from tests.tiny_models import write
 
 FLUX = FAMILIES["FluxPipeline"]
-PROMPT, SEED, STEPS, GUIDANCE, SIDE = "a red apple", 7, 3, 3.0, 64
 
 
 def settings(base: Path, **sections: dict[str, Any]) -> Config:
@@ -51,15 +62,6 @@ def settings(base: Path, **sections: dict[str, Any]) -> Config:
     return Config.model_validate(given | {name: given.get(name, {}) | own for name, own in sections.items()})
 
 
-def control_image() -> np.ndarray:
-    """A control image: uint8, SIDE x SIDE x 3."""
-    return np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
-
-
-def as_tensor(picture: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(picture).permute(2, 0, 1)
-
-
 def plain(pipeline: Pipeline) -> Any:
     """Return diffusers' own pipeline for control images over a pipeline's components."""
     parts = signature(diffusers.FluxControlPipeline.__init__).parameters
@@ -68,43 +70,6 @@ def plain(pipeline: Pipeline) -> Any:
     )
     found.set_progress_bar_config(disable=True)
     return found
-
-
-def plain_drawn(pipeline: Any, guidance_scale: float = GUIDANCE) -> np.ndarray:
-    """Return the picture that diffusers' pipeline draws: float32, SIDE x SIDE x 3, 0 to 1."""
-    found: np.ndarray = pipeline(
-        PROMPT,
-        control_image=Image.fromarray(control_image()),
-        height=SIDE,
-        width=SIDE,
-        num_inference_steps=STEPS,
-        guidance_scale=guidance_scale,
-        generator=torch.Generator().manual_seed(SEED),
-        output_type="np",
-    ).images[0]
-    return found
-
-
-def drawn(pipeline: Pipeline, picture: np.ndarray | None) -> torch.Tensor:
-    """Return the picture that our sampler draws: uint8, 3 x SIDE x SIDE."""
-    [batch] = sample_pictures(
-        pipeline,
-        [PROMPT],
-        [SEED],
-        shapes=[(SIDE, SIDE)],
-        num_steps=STEPS,
-        guidance_scale=GUIDANCE,
-        batch_size=1,
-        references=None if picture is None else lambda _: [as_tensor(picture)],
-    )
-    return batch[0]
-
-
-def pointed(pipeline: Pipeline) -> Pipeline:
-    """Give an autoencoder a point for a posterior: we take its mean, and diffusers draws from it."""
-    with torch.no_grad():
-        pipeline.vae.quant_conv.weight[4:], pipeline.vae.quant_conv.bias[4:] = 0, -60
-    return pipeline
 
 
 @pytest.fixture(scope="module")

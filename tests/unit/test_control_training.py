@@ -125,7 +125,10 @@ def test_what_cannot_be_a_control_net_is_named(tmp_path: Path) -> None:
             {"controlnet": str(tmp_path / "empty")},
             "empty: a folder with config.json and safetensors is",
         ),
-        ({"controlnet": "no such/name"}, "neither a folder nor a model on the hub"),
+        (
+            {"controlnet": "no such/name"},
+            "controlnet: no such/name: neither a folder nor a name of the hub",
+        ),
     ):
         with pytest.raises(ValueError, match=told):
             given_folder(configured(base, model=given).model)

@@ -10,7 +10,7 @@ from ray_jobs.diffusion.protocols import Pipeline
 
 LETTERS = 4  # that pipelines of related families begin with, at least
 
-__all__ = ["FAMILIES", "Captions", "Components", "Conditions", "Family", "family_of"]
+__all__ = ["FAMILIES", "Captions", "Components", "Conditions", "Family", "family_of", "pipelines_with"]
 
 
 def _found() -> dict[str, Family]:
@@ -28,6 +28,15 @@ def _found() -> dict[str, Family]:
 FAMILIES: dict[str, Family] = _found()
 CONTROLLED = {each.control.pipeline_class: each for each in FAMILIES.values() if each.control}
 """Families by their pipeline with a ControlNet."""
+
+
+def pipelines_with(facet: str) -> str:
+    """Return the pipelines of the families that have a facet, for errors.
+
+    Args:
+        facet: name of an attribute of `Family` that is None, False or 0 where it is missing.
+    """
+    return ", ".join(name for name, family in FAMILIES.items() if getattr(family, facet))
 
 
 def family_of(pipeline: Pipeline | str) -> Family:
