@@ -22,17 +22,9 @@ from ray_jobs.diffusion.families.family import (
 )
 from ray_jobs.diffusion.families.flux_2 import Flux2Codec, positions, tiny_autoencoder
 from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
-from ray_jobs.diffusion.families.text import (
-    MASK,
-    Captions,
-    Encoders,
-    MaskedText,
-    chat_prompts,
-    without_padding,
-    zero_padding,
-)
+from ray_jobs.diffusion.families.text import Captions, ChatText, Encoders, without_padding
 from ray_jobs.diffusion.families.text_processor import text_processor
-from ray_jobs.diffusion.protocols import Denoiser, Pipeline, Tokenizer
+from ray_jobs.diffusion.protocols import Denoiser, Pipeline
 
 WINDOW = 80  # tokens: captions are padded to a multiple of it, and their padding is attended to
 MAX_TOKENS = 8 * WINDOW  # the pipeline cuts at 8,192; columns of captions need a limit
@@ -41,31 +33,15 @@ IMAGE_SCALE = 0.5  # of the positions of an image's tokens
 REFERENCES = "image_cond"  # name of the layers that only reference images pass
 
 
-class Flux3Text(MaskedText):
+class Flux3Text(ChatText):
     """Eight layers of Qwen3-VL on a caption in its chat template.
 
     The transformer attends to a caption's window: its tokens and the padding up to a multiple of `WINDOW`.
     The mask is that of windows.
     """
 
-    caption_tokens, width = MAX_TOKENS, "joint_attention_dim"
-    ragged = ("prompt_embeds",)
+    caption_tokens, width, window = MAX_TOKENS, "joint_attention_dim", WINDOW
     max_tokens = {"input_ids": MAX_TOKENS}
-
-    def written(self, tokenizer: Tokenizer, texts: list[str]) -> list[str]:
-        return chat_prompts(tokenizer, texts)
-
-    def tokens_of(self, tokenizer: Tokenizer, name: str, captions: list[str], **options: Any) -> Any:
-        return super().tokens_of(tokenizer, name, captions, padding_side="right", **options)
-
-    def num_tokens(self, name: str, encoder: Any) -> int:
-        return MAX_TOKENS
-
-    def tokenize(self, pipeline: Pipeline, captions: list[str]) -> Captions:
-        """Tokenize texts, padded to the longest of their windows: on the host, where its length is known."""
-        found = super().tokenize(pipeline, captions)
-        longest = -(int(found["attention_mask"].sum(dim=1).max()) // -WINDOW) * WINDOW
-        return {name: column[:, :longest] for name, column in found.items()}
 
     def embed(self, encoders: Encoders, tokens: Captions) -> Captions:
         real = tokens["attention_mask"]
@@ -81,11 +57,7 @@ class Flux3Text(MaskedText):
             logits_to_keep=1,  # none are needed
         ).hidden_states
         states = torch.cat([found[layer] for layer in LAYERS], dim=-1)
-        rest = MAX_TOKENS - real.shape[1]
-        return {
-            "prompt_embeds": torch.nn.functional.pad(zero_padding(states, windows), (0, 0, 0, rest)),
-            MASK: torch.nn.functional.pad(windows, (0, rest)),
-        }
+        return self.padded(states, windows)
 
 
 class Flux3Klein(Family):
@@ -157,13 +129,10 @@ class Flux3Klein(Family):
 
     def tiny(self, captions: Sequence[str], variant: str = "") -> Pipeline:
         import diffusers
-        from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+        from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
         torch.manual_seed(0)
         tokenizer = tiny.qwen_tokenizer(captions)
-        options = tiny.qwen_vl_options(
-            tokenizer, LAYERS[-1] + 1, 5e6, num_position_embeddings=16, deepstack_visual_indexes=[0]
-        )
         transformer = diffusers.Flux3Transformer2DModel(
             in_channels=16,
             cond_in_channels=16,
@@ -182,7 +151,7 @@ class Flux3Klein(Family):
         pipeline.update_components(
             transformer=transformer,
             vae=tiny_autoencoder(),
-            text_encoder=Qwen3VLForConditionalGeneration(Qwen3VLConfig(**options)),
+            text_encoder=Qwen3VLForConditionalGeneration(tiny.qwen3_vl_config(tokenizer, LAYERS[-1] + 1)),
             tokenizer=text_processor(Qwen3VLProcessor, tokenizer),
         )
         kind = ("transformers", "Qwen3VLProcessor")  # as it is published

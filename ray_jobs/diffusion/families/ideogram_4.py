@@ -16,16 +16,8 @@ from ray_jobs.diffusion.families import tiny
 from ray_jobs.diffusion.families.family import UNET_ATTENTION, Components, Conditions, Family
 from ray_jobs.diffusion.families.flux_2 import PATCH, Flux2Codec, positions, tiny_autoencoder
 from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
-from ray_jobs.diffusion.families.text import (
-    MASK,
-    Captions,
-    Encoders,
-    MaskedText,
-    chat_prompts,
-    real_tokens,
-    zero_padding,
-)
-from ray_jobs.diffusion.protocols import Denoiser, Pipeline, Scheduler, Settings, Tokenizer
+from ray_jobs.diffusion.families.text import MASK, Captions, ChatText, Encoders, real_tokens
+from ray_jobs.diffusion.protocols import Denoiser, Pipeline, Scheduler, Settings
 
 MAX_TOKENS = 1024  # the pipeline takes 2,048, and refuses longer captions; a token takes 0.1 MB in bf16
 LAYERS = (0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 33, 35)  # of the text encoder, counted from 0
@@ -36,7 +28,7 @@ LOGITS = (-7.5, 9.0)  # of the least and the greatest noise level
 UNCONDITIONAL = "unconditional_transformer"
 
 
-class Ideogram4Text(MaskedText):
+class Ideogram4Text(ChatText):
     """Thirteen layers of Qwen3-VL on a caption in its chat template, interleaved.
 
     The pipeline pads on the left, here the padding comes last: words are numbered from the first one and see
@@ -44,23 +36,7 @@ class Ideogram4Text(MaskedText):
     """
 
     caption_tokens, width = MAX_TOKENS, "llm_features_dim"
-    ragged = ("prompt_embeds",)
     max_tokens = {"input_ids": MAX_TOKENS}
-
-    def written(self, tokenizer: Tokenizer, texts: list[str]) -> list[str]:
-        return chat_prompts(tokenizer, texts)
-
-    def tokens_of(self, tokenizer: Tokenizer, name: str, captions: list[str], **options: Any) -> Any:
-        return super().tokens_of(tokenizer, name, captions, padding_side="right", **options)
-
-    def num_tokens(self, name: str, encoder: Any) -> int:
-        return MAX_TOKENS
-
-    def tokenize(self, pipeline: Pipeline, captions: list[str]) -> Captions:
-        """Tokenize texts, padded to the longest: on the host, where its length is known."""
-        found = super().tokenize(pipeline, captions)
-        longest = int(found["attention_mask"].sum(dim=1).max())
-        return {name: column[:, :longest] for name, column in found.items()}
 
     def embed(self, encoders: Encoders, tokens: Captions) -> Captions:
         encoder, mask, last = encoders["text_encoder"], tokens["attention_mask"], list[torch.Tensor]()
@@ -77,12 +53,7 @@ class Ideogram4Text(MaskedText):
         finally:
             hook.remove()
         states = [*(found[layer + 1] for layer in LAYERS[:-1]), last[0]]  # the first are the embeddings
-        embeds = zero_padding(torch.stack(states, dim=-1).flatten(2), mask)
-        rest = MAX_TOKENS - mask.shape[1]
-        return {
-            "prompt_embeds": torch.nn.functional.pad(embeds, (0, 0, 0, rest)),
-            MASK: torch.nn.functional.pad(mask, (0, rest)),
-        }
+        return self.padded(torch.stack(states, dim=-1).flatten(2), mask)
 
     def unconditional(self, settings: Settings, empty: Captions) -> Captions:
         """Return captions without a word, for which `UNCONDITIONAL` predicts."""
@@ -164,13 +135,10 @@ class Ideogram4(Family):
 
     def tiny(self, captions: Sequence[str], variant: str = "") -> Pipeline:
         from diffusers import FlowMatchEulerDiscreteScheduler, Ideogram4Pipeline, Ideogram4Transformer2DModel
-        from transformers import Qwen3VLConfig, Qwen3VLModel
+        from transformers import Qwen3VLModel
 
         torch.manual_seed(0)
         tokenizer = tiny.qwen_tokenizer(captions)
-        options = tiny.qwen_vl_options(
-            tokenizer, LAYERS[-1] + 1, 5e6, num_position_embeddings=16, deepstack_visual_indexes=[0]
-        )
         conditional, unconditional = (
             Ideogram4Transformer2DModel(
                 in_channels=4 * PATCH**2,
@@ -189,7 +157,7 @@ class Ideogram4(Family):
             unconditional_transformer=unconditional,
             scheduler=FlowMatchEulerDiscreteScheduler(),
             vae=tiny_autoencoder(),
-            text_encoder=Qwen3VLModel(Qwen3VLConfig(**options)),
+            text_encoder=Qwen3VLModel(tiny.qwen3_vl_config(tokenizer, LAYERS[-1] + 1)),
             tokenizer=tokenizer,
         )
 

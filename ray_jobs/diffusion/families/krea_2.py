@@ -123,14 +123,11 @@ class Krea2(Family):
 
     def tiny(self, captions: Sequence[str], variant: str = "") -> Pipeline:
         from diffusers import FlowMatchEulerDiscreteScheduler, Krea2Pipeline, Krea2Transformer2DModel
-        from transformers import Qwen3VLConfig, Qwen3VLModel
+        from transformers import Qwen3VLModel
 
         torch.manual_seed(0)
         tokenizer = tiny.qwen_tokenizer(captions, [PREFIX])
-        options = tiny.qwen_vl_options(
-            tokenizer, LAYERS[-1] + 1, 5e6, num_position_embeddings=16, deepstack_visual_indexes=[0]
-        )
-        config = Qwen3VLConfig(**options)
+        config = tiny.qwen3_vl_config(tokenizer, LAYERS[-1] + 1)
         transformer = Krea2Transformer2DModel(
             in_channels=4 * PATCH**2,
             num_layers=2,

@@ -151,13 +151,10 @@ class QwenImage21(Family):
             QwenImage21Pipeline,
             QwenImage21Transformer2DModel,
         )
-        from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+        from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
         torch.manual_seed(0)
         tokenizer = tiny.qwen_tokenizer(captions, [SYSTEM_MESSAGE])
-        options = tiny.qwen_vl_options(
-            tokenizer, 2, 5e6, num_position_embeddings=16, deepstack_visual_indexes=[0]
-        )
         pipeline = QwenImage21Pipeline(
             transformer=QwenImage21Transformer2DModel(
                 in_channels=4,
@@ -177,7 +174,7 @@ class QwenImage21(Family):
                 latents_mean=[0.1, -0.2, 0.3, 0.0],
                 latents_std=[1.5, 0.8, 1.1, 2.0],
             ),
-            text_encoder=Qwen3VLForConditionalGeneration(Qwen3VLConfig(**options)),
+            text_encoder=Qwen3VLForConditionalGeneration(tiny.qwen3_vl_config(tokenizer, 2)),
             processor=text_processor(Qwen3VLProcessor, tokenizer),
         )
         pipeline.register_to_config(processor=("transformers", "Qwen3VLProcessor"))  # as it is published

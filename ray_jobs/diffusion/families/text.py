@@ -195,6 +195,42 @@ class MaskedText(Text):
         }
 
 
+class ChatText(MaskedText):
+    """Captions in a chat template, encoded no longer than the longest of a call, and only then padded.
+
+    Padding comes last, also where a pipeline has it on the left.
+
+    Attributes:
+        window: tokens: captions are encoded with padding up to a multiple of it.
+    """
+
+    ragged = ("prompt_embeds",)
+    window = 1
+
+    def written(self, tokenizer: Tokenizer, texts: list[str]) -> list[str]:
+        return chat_prompts(tokenizer, texts)
+
+    def tokens_of(self, tokenizer: Tokenizer, name: str, captions: list[str], **options: Any) -> Any:
+        return super().tokens_of(tokenizer, name, captions, padding_side="right", **options)
+
+    def num_tokens(self, name: str, encoder: TextEncoder) -> int:
+        return self.caption_tokens
+
+    def tokenize(self, pipeline: Pipeline, captions: list[str]) -> Captions:
+        """Tokenize texts, padded to the longest of their windows: on the host, where its length is known."""
+        found = super().tokenize(pipeline, captions)
+        longest = -(int(found["attention_mask"].sum(dim=1).max()) // -self.window) * self.window
+        return {name: column[:, :longest] for name, column in found.items()}
+
+    def padded(self, embeds: torch.Tensor, mask: torch.Tensor) -> Captions:
+        """Return the columns of `embeds`: N x tokens x ... and their mask, padded to the greatest length."""
+        rest = self.caption_tokens - mask.shape[1]
+        return {
+            "prompt_embeds": torch.nn.functional.pad(zero_padding(embeds, mask), (0, 0, 0, rest)),
+            MASK: torch.nn.functional.pad(mask, (0, rest)),
+        }
+
+
 def chat_prompts(tokenizer: Any, captions: list[str], **options: Any) -> list[str]:
     """Return captions in a tokenizer's chat template, each as a user's only message.
 

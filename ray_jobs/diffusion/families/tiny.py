@@ -211,6 +211,16 @@ def qwen_scheduler() -> Any:
     )
 
 
+def qwen3_vl_config(tokenizer: Any, layers: int) -> Any:
+    """Return a small Qwen3VLConfig for `tokenizer`."""
+    from transformers import Qwen3VLConfig
+
+    options = qwen_vl_options(
+        tokenizer, layers, 5e6, num_position_embeddings=16, deepstack_visual_indexes=[0]
+    )
+    return Qwen3VLConfig(**options)
+
+
 def qwen_vl_options(tokenizer: Any, layers: int, rope_theta: float, **vision: Any) -> dict[str, Any]:
     """Return the options of a small configuration of Qwen's models for text and pictures.
 
