@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.families import GATES, RESULTS
+from benchmarks.families import CONTROL, EDITS, GATES, RESULTS, SERVED_EDITS
 from ray_jobs.diffusion.families import FAMILIES, Family
 from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
 from ray_jobs.weights.loading import read_index
@@ -149,6 +149,15 @@ FACETS: Mapping[str, Callable[[Family], bool]] = {
     "adapters for ComfyUI": lambda family: family.comfyui_layer(family.denoiser, "layer") is not None,
 }
 """What a family itself says about a capability; all others should have them."""
+HEADINGS = {
+    "lora": "LoRA",
+    "full": "full training",
+    CONTROL: "a ControlNet",
+    EDITS: "with a reference",
+    "served": "served",
+    SERVED_EDITS: "edits",
+}
+"""Of the columns of ratios, by part of the benchmark."""
 INTRODUCTION = f"""\
 # What each family can do
 
@@ -238,8 +247,8 @@ def has(name: str, what: str) -> bool:
 def ratios() -> str:
     """Return the table of the benchmark's ratios."""
     measured: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))["families"]
-    lines = ["| | LoRA | full training | with a reference | served | edits | lines of its file |"]
-    lines.append("|---|--:|--:|--:|--:|--:|--:|")
+    headings = [*(HEADINGS[part] for part in GATES), "lines of its file"]
+    lines = [f"| | {' | '.join(headings)} |", "|---|" + "--:|" * len(headings)]
     for name in FAMILIES:
         figures = measured[name]
         told = [
