@@ -141,8 +141,8 @@ def flux(folder: Path) -> Path:
     return folder
 
 
-def half(name: str, folder: Path, sharded: Sequence[str] = ()) -> Path:
-    """One of `tiny_models.MODELS` in bfloat16, as most are published; those in `sharded` in shards."""
+def half(name: str, folder: Path, sharded: Sequence[str] = ("transformer", "text_encoder")) -> Path:
+    """One of `tiny_models.MODELS` in bfloat16, with components in shards, as most are published."""
     family, variant = tiny_models.BY_NAME[name]
     pipeline: Any = family.tiny(tiny_models.captions(), variant)
     pipeline.to(dtype=torch.bfloat16)
@@ -187,7 +187,6 @@ def _stable_diffusion(sample_size: int | tuple[int, int], **unet: Any) -> Any:
     )
 
 
-SHARDED = ("transformer", "text_encoder")
 BASES: dict[str, Callable[[Path], Path]] = {
     "Stable Diffusion 1.5": stable_diffusion_1,
     "a UNet that is told its guidance": partial(stable_diffusion_1, time_cond_proj_dim=16),
@@ -197,23 +196,23 @@ BASES: dict[str, Callable[[Path], Path]] = {
     "Stable Diffusion XL, only fp16 files": partial(stable_diffusion_xl, variant="fp16"),
     "Stable Diffusion 3": stable_diffusion_3,
     "FLUX.1-dev": flux,
-    "FLUX.1-schnell": partial(half, "FluxPipeline-schnell", sharded=SHARDED),
-    "FLUX.1 Fill": partial(half, "FluxFillPipeline", sharded=SHARDED),
-    "FLUX.1 Kontext": partial(half, "FluxKontextPipeline", sharded=SHARDED),
-    "Chroma": partial(half, "ChromaPipeline"),
+    "FLUX.1-schnell": partial(half, "FluxPipeline-schnell"),
+    "FLUX.1 Fill": partial(half, "FluxFillPipeline"),
+    "FLUX.1 Kontext": partial(half, "FluxKontextPipeline"),
+    "Chroma": partial(half, "ChromaPipeline", sharded=()),
     "Z-Image": partial(half, "ZImagePipeline", sharded=["transformer"]),
-    "FLUX.2 klein": partial(half, "Flux2KleinPipeline"),
-    "FLUX.2 dev": partial(half, "Flux2Pipeline", sharded=SHARDED),
-    "FLUX.3 klein": partial(half, "Flux3ModularPipeline", sharded=SHARDED),
-    "FLUX.3 klein, distilled": partial(half, "Flux3DistilledModularPipeline", sharded=SHARDED),
-    "Qwen-Image": partial(half, "QwenImagePipeline", sharded=SHARDED),
-    "Qwen-Image-Edit": partial(half, "QwenImageEditPlusPipeline", sharded=SHARDED),
-    "Qwen-Image 2.1": partial(half, "QwenImage21Pipeline", sharded=SHARDED),
-    "Ideogram 4": partial(half, "Ideogram4Pipeline", sharded=SHARDED),
-    "Krea 2": partial(half, "Krea2Pipeline", sharded=SHARDED),
-    "HiDream-I1": partial(half, "HiDreamImagePipeline", sharded=SHARDED),
-    "Sana": partial(half, "SanaPipeline", sharded=SHARDED),
-    "Lumina 2": partial(half, "Lumina2Pipeline", sharded=SHARDED),
-    "AuraFlow": partial(half, "AuraFlowPipeline", sharded=SHARDED),
-    "PixArt-Sigma": partial(half, "PixArtSigmaPipeline", sharded=SHARDED),
+    "FLUX.2 klein": partial(half, "Flux2KleinPipeline", sharded=()),
+    "FLUX.2 dev": partial(half, "Flux2Pipeline"),
+    "FLUX.3 klein": partial(half, "Flux3ModularPipeline"),
+    "FLUX.3 klein, distilled": partial(half, "Flux3DistilledModularPipeline"),
+    "Qwen-Image": partial(half, "QwenImagePipeline"),
+    "Qwen-Image-Edit": partial(half, "QwenImageEditPlusPipeline"),
+    "Qwen-Image 2.1": partial(half, "QwenImage21Pipeline"),
+    "Ideogram 4": partial(half, "Ideogram4Pipeline"),
+    "Krea 2": partial(half, "Krea2Pipeline"),
+    "HiDream-I1": partial(half, "HiDreamImagePipeline"),
+    "Sana": partial(half, "SanaPipeline"),
+    "Lumina 2": partial(half, "Lumina2Pipeline"),
+    "AuraFlow": partial(half, "AuraFlowPipeline"),
+    "PixArt-Sigma": partial(half, "PixArtSigmaPipeline"),
 }
