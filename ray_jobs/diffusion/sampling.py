@@ -333,11 +333,11 @@ def sample_pictures(
         )
 
     batches = batches_of(shapes, batch_size)
-    seen = family.text.sees_references and references is not None
+    seen = references if family.text.sees_references else None
     texts = []
     for batch in batches:
         numbers = range(batch.start, batch.stop)
-        digests = tuple(digest(references(number)) for number in numbers) if seen and references else ()
+        digests = tuple(digest(seen(number)) for number in numbers) if seen else ()
         texts.append(PromptBatch(tuple(prompts[batch]), digests, partial(shown, numbers)))
     for number, batch in enumerate(batches):
         of_batch = partial(sample, batch.start, *encoded.of(texts[number:]))
@@ -408,17 +408,15 @@ class Prompts:
     def _encode(self, batch: PromptBatch) -> None:
         pictures = batch.pictures() if batch.digests else ()
 
+        def shown(rows: range) -> Pictures:
+            return [each[rows.start : rows.stop] for each in pictures]
+
         def encode(rows: range) -> Captions:
-            return encode_prompts(
-                self.pipeline,
-                list(batch.prompts[rows.start : rows.stop]),
-                device=self.device,
-                pictures=[each[rows.start : rows.stop] for each in pictures],
-            )
+            prompts = list(batch.prompts[rows.start : rows.stop])
+            return encode_prompts(self.pipeline, prompts, device=self.device, pictures=shown(rows))
 
         def encode_null(rows: range) -> Captions:
-            own = [each[rows.start : rows.stop] for each in pictures]
-            return null_captions(self.pipeline, self.device, own)
+            return null_captions(self.pipeline, self.device, shown(rows))
 
         numbers = range(len(batch.prompts))
         self._kept[batch] = self._joined(self._chunks.run(numbers, encode))
