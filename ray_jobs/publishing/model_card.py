@@ -220,7 +220,8 @@ def usage(
         ]
     else:
         told = f"{name!r}{revision}{variant}" if lora else '"."'
-        [kind] = names = {control.pipeline_class if control else "DiffusionPipeline"}
+        kind = control.pipeline_class if control else "DiffusionPipeline"
+        names = {kind}
         load = [f"pipeline = {kind}.from_pretrained({told}, torch_dtype=torch.float32)"]
     if lora:
         load += [
