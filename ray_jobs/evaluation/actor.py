@@ -351,26 +351,17 @@ class Evaluator:
         """
         import torch
 
-        from ray_jobs.diffusion.sampling import place
         from ray_jobs.training.validation import HeldOutVotes
 
         votes = self.dataset.earlier_votes if earlier else self.dataset.votes
         preference = self.config.train.preference
         assert votes and preference
-        place_of, trained = (split, earlier), self.config.train.train_text_encoder
-        if place_of not in self._votes:
+        if (split, earlier) not in self._votes:
             device = torch.device(self.device)
             held = HeldOutVotes(votes.config, votes.dataset, device, preference.loss, split.name)
-            pipeline = self._use(None)
-            place(pipeline, self.device, denoisers=True, text_encoders=trained)
-            self._votes[place_of] = held, held.of_votes(pipeline)
-        held, reference = self._votes[place_of]
-        if weights is None:
-            found = reference
-        else:
-            pipeline = self._use(weights)
-            place(pipeline, self.device, denoisers=True, text_encoders=trained)
-            found = held.of_votes(pipeline)
+            self._votes[split, earlier] = held, held.of_votes(self._use_for_losses(None))
+        held, reference = self._votes[split, earlier]
+        found = reference if weights is None else held.of_votes(self._use_for_losses(weights))
         preferred, other = (before - after for before, after in zip(reference, found, strict=True))
         count = min(len(preferred), len(other))
         margins = (preferred[:count] - other[:count]).tolist()
@@ -381,17 +372,22 @@ class Evaluator:
         """Denoising loss of each row in a fixed subset of a split or fold, with fixed noise."""
         import torch
 
-        from ray_jobs.diffusion.sampling import place
         from ray_jobs.training.validation import ValidationLoss
 
         if split not in self._losses:
             dataset = self.dataset.judged_by(split)
             device = torch.device(self.device)
             self._losses[split] = ValidationLoss(self.config, dataset, device, rows=LOSS_ROWS)
+        return self._losses[split].of_rows(self._use_for_losses(weights)).tolist()
+
+    def _use_for_losses(self, weights: str | None) -> "Pipeline":
+        """Return the same as `_use`, with what predicts for stored rows on the device."""
+        from ray_jobs.diffusion.sampling import place
+
         pipeline = self._use(weights)
         trained = self.config.train.train_text_encoder  # they then encode the rows' tokens
         place(pipeline, self.device, denoisers=True, text_encoders=trained)
-        return self._losses[split].of_rows(pipeline).tolist()
+        return pipeline
 
     def _features(
         self,
@@ -440,7 +436,7 @@ class Evaluator:
             guidance_scale: None means `evaluate.guidance_scale`.
             by: the networks that see the pictures.
             shapes: one per picture; None means squares of `data.resolution`.
-            references: reference pictures of rows; None for none.
+            references: reference pictures and control images of rows; None for none.
             places: the row in `references` of each picture.
         """
         drawn = self._sample(weights, captions, seeds, shapes, guidance_scale, references, places)

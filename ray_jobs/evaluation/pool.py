@@ -60,6 +60,7 @@ CAPTION_USES = 2
 SUBJECT_FEATURES = "subject.features"  # features of what was drawn for subjects, beside FEATURES
 
 MARGINS = "votes.json"  # margin and prompt of each held-out vote, beside FEATURES
+REWARDS = "implicit rewards"  # what judges votes, in place of a feature network
 
 OTHERS = 2  # real training pictures per picture of a score, to measure the correction of FID on
 
@@ -92,7 +93,7 @@ class Task(NamedTuple):
     captions: list[str]
     seeds: list[int]
     shapes: list[Shape]
-    references: "ObjectRef[References] | None" = None  # of a split
+    references: "ObjectRef[References] | None" = None  # of a split; control images too
     places: Sequence[int] = ()  # of the pictures' references in these
 
 
@@ -112,8 +113,9 @@ class EvaluatorPool:
         rank_by: `search.rank_by`, or what a search of an earlier release was ranked by.
         subjects: with `search.rank_by: subject`, all of the run.
         captions, shapes, digests: of the pictures of each loaded split.
-        references: their reference pictures, in Ray's object store; of splits that have them.
-        unedited: distance of the first of these to their targets.
+        references: their reference pictures and control images, in Ray's object store; of splits that have
+            them.
+        unedited: distance of the first reference pictures to their targets.
         corrected: whether there is a correction of FID for the scores of each loaded split.
         controlled: loaded splits whose scores say how pictures follow control images.
     """
@@ -136,7 +138,9 @@ class EvaluatorPool:
         self.shapes: dict[Split, list[Shape]] = {}  # shapes of the same pictures
         self.references: dict[Split, ObjectRef[References]] = {}
         self.unedited: dict[Split, float] = {}
-        self._edited: dict[Split, tuple[torch.Tensor, torch.Tensor]] = {}  # features of these, and of targets
+        self._edited: dict[
+            Split, tuple[torch.Tensor, torch.Tensor]
+        ] = {}  # features of references and targets
         self.corrected: dict[Split, bool] = {}
         self.controlled: set[Split] = set()
         self.digests: dict[Split, str] = {}  # digests of these pictures and their captions
@@ -217,7 +221,8 @@ class EvaluatorPool:
         import ray
 
         tasks = self._tasks(None, split)
-        parts = self._drawn(None, tasks, None, NetworkSet.RANKING)
+        by = NetworkSet.ALL if split == TEST else NetworkSet.RANKING  # as `measure` asks for next
+        parts = self._drawn(None, tasks, None, by)
         shares = [task.numbers for task in tasks]
         scores: Scores = ray.get(self.actors[0].score.remote(self._real[split], None, shares, *parts))
         assert scores.disagreement
@@ -572,17 +577,17 @@ class EvaluatorPool:
 
         if self.dataset.votes is None or split.run or weights == BARE:
             return found
-        scores: list[Score | None] = []
-        for earlier in (False, True):
-            if earlier and (self.dataset.earlier_votes is None or split != TEST):
-                scores.append(None)
-                continue
+
+        def judged(kept: Storage | None, *, earlier: bool) -> Score:
             margins, prompts = ray.get(self.actors[-1].margins.remote(weights, split, earlier))
-            share, error = mean_of_groups(wrongly_ordered(margins), prompts)
-            scores.append(Score(share, len(margins), "implicit rewards", error, MEASURES[VOTES].name))
-            if kept and not earlier:
+            if kept:
                 kept.write_text(MARGINS, json.dumps({"margins": margins, "prompts": prompts}))
-        votes, before = scores
+            share, error = mean_of_groups(wrongly_ordered(margins), prompts)
+            return Score(share, len(margins), REWARDS, error, MEASURES[VOTES].name)
+
+        votes, before = judged(kept, earlier=False), None
+        if self.dataset.earlier_votes is not None and split == TEST:
+            before = judged(None, earlier=True)
         return replace(found, votes=votes, earlier_votes=before)
 
     def _subject_reference(self, split: Split) -> SubjectReference:
@@ -764,7 +769,7 @@ class EvaluatorPool:
             first, second = (torch.tensor(wrongly_ordered(each["margins"])).double() for each in told)
             apart, error = mean_of_groups((first - second).tolist(), told[0]["prompts"])
             count = len(first)
-            return difference_of(apart, first, second, lambda _: error or 0.0, count, "implicit rewards")
+            return difference_of(apart, first, second, lambda _: error or 0.0, count, REWARDS)
         return ray.get(self.actors[0].difference.remote(self._real[split], one, other, file, measure))
 
     def ranked_by(self, split: Split) -> str:
@@ -823,12 +828,10 @@ class EvaluatorPool:
 
     def floor(self, split: Split) -> Scores:
         """Score real training pictures: as many as `score` generates, or as many as prepare kept."""
-
         return self._score_of_real(split, self.training_features(split, self._num_samples(split)))
 
     def reachable_floor(self, split: Split) -> Scores:
         """Score the same training pictures as the base's autoencoder restores them: the best to hope for."""
-
         return self._score_of_real(split, self.restored_features(split, self._num_samples(split)))
 
     def _score_of_real(self, split: Split, found: Features) -> Scores:
@@ -926,7 +929,9 @@ class EvaluatorPool:
         )
 
     def _prompt_references(self, numbers: Sequence[int]) -> "tuple[ObjectRef[References] | None, list[int]]":
-        """Return what own prompts edit: the first square pictures that rungs are measured on, in turn."""
+        """Return what own prompts are drawn from: that of the first square pictures that rungs are measured
+        on, in turn.
+        """
         manifest = self.dataset.manifest
         if not (manifest.references or manifest.control):
             return None, []
