@@ -40,7 +40,7 @@ from ray_jobs.metrics.kernel import squared_mmd
 from ray_jobs.metrics.resampling import ReweightedFrechet
 from ray_jobs.metrics.sliced import sliced_distance
 from ray_jobs.pictures.reading import encode_png
-from ray_jobs.run.folder import CONFIG, RunFolder, SharedFolder
+from ray_jobs.run.folder import CONFIG, RunFolder
 from ray_jobs.run.manifest import Manifest
 from ray_jobs.run.records import CORRECTED, FID, KID, MEASURES, MIND
 from ray_jobs.training.checkpoint import find_rungs
@@ -175,11 +175,10 @@ def rank(features: Features, sizes: Sequence[int], draws: int) -> tuple[dict[str
 
 def of_run(config: Config) -> tuple[list[Candidate], Pictures]:
     """Return the rungs of a run, and the pictures that its search judged them by."""
-    run = RunFolder.of(config)
-    manifest = Manifest.read(run.dataset)
-    dataset = Dataset(run.dataset, SharedFolder.of(config).encoded(manifest.encoders), manifest)
+    run, dataset = RunFolder.of(config), Dataset.of_run(config)
+    assert dataset, f"{run.dataset.uri}: not prepared"
     judged = dataset.pictures("validation", config.evaluate.num_samples)
-    others = dataset.pictures("train", manifest.train)
+    others = dataset.pictures("train", dataset.manifest.train)
     candidates = [
         Candidate(f"{training} at step {rung.step}", rung.weights, None)
         for training, rungs in find_rungs(run.trainings).items()

@@ -45,8 +45,7 @@ from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.evaluation.actor import FEATURES, Evaluator
 from ray_jobs.evaluation.cross_validation import splits, standard_error
 from ray_jobs.planning.settled import settled
-from ray_jobs.run.folder import RunFolder, SharedFolder
-from ray_jobs.run.manifest import Manifest
+from ray_jobs.run.folder import RunFolder
 from ray_jobs.training.checkpoint import find_rungs
 from ray_jobs.tuning.results import read_result
 from ray_jobs.weights.feature_networks import NetworkSet
@@ -100,9 +99,8 @@ def configured(name: str, storage: Path, seed: int, adapter: Path | None) -> Pat
 
 def judged(config: Config) -> tuple[list[Step], int]:
     """Return the steps of a finished search, and the chosen one."""
-    folder = RunFolder.of(config)
-    manifest = Manifest.read(folder.dataset)
-    dataset = Dataset(folder.dataset, SharedFolder.of(config).encoded(manifest.encoders), manifest)
+    folder, dataset = RunFolder.of(config), Dataset.of_run(config)
+    assert dataset, f"{folder.dataset.uri}: not prepared"
     found = read_result(config, dataset)
     assert found, f"{folder.search.uri}: not finished"
     evaluator = Evaluator(config, dataset, os.cpu_count() or 1)

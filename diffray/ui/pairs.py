@@ -7,8 +7,6 @@ from pydantic import BaseModel
 
 from ray_jobs.config import Config
 from ray_jobs.data.feeding.dataset import Dataset
-from ray_jobs.run.folder import RunFolder, SharedFolder
-from ray_jobs.run.manifest import MANIFEST, Manifest
 
 
 class Row(NamedTuple):
@@ -36,12 +34,8 @@ def held_out_rows(config: Config) -> Sequence[Row]:
 
     There are none without references, before prepare has ended, or with folds, each of which has its own.
     """
-    storage = RunFolder.of(config).dataset
-    if config.search.folds or not storage.exists(MANIFEST):
+    dataset = None if config.search.folds else Dataset.of_run(config)
+    if dataset is None or not dataset.manifest.references:
         return []
-    manifest = Manifest.read(storage)
-    if not manifest.references:
-        return []
-    dataset = Dataset(storage, SharedFolder.of(config).encoded(manifest.encoders), manifest)
     rows = dataset.pictures("validation", config.publish.sample_count)
     return [Row(row["references"], row["image"]) for row in rows]

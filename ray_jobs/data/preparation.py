@@ -415,19 +415,17 @@ def _progress(verb: str) -> Callable[..., None]:
 
 
 def prepared_by(config: Config, run: str) -> Dataset:
-    """Return the dataset that prepare left in an earlier run of the same storage.
+    """Return the dataset that prepare left in a run of `evaluate.remember`, in the same storage.
 
     Raises:
         ConfigError: there is no such run, or it prepared nothing.
     """
-    earlier = config.model_copy(update={"name": run})
-    storage = RunFolder.of(earlier).dataset
-    if not storage.exists(MANIFEST):
+    found = Dataset.of_run(config.model_copy(update={"name": run}))
+    if found is None:
         raise ConfigError(
             f"evaluate.remember: {run}: no prepared run of this name in {config.storage}; correct the name"
         )
-    manifest = Manifest.read(storage)
-    return Dataset(storage, SharedFolder.of(config).encoded(manifest.encoders), manifest)
+    return found
 
 
 def dry_run(config: Config) -> str:

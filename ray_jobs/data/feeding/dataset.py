@@ -14,7 +14,8 @@ from ray_jobs.data.curation.scan import FILES_AT_ONCE
 from ray_jobs.data.encoding.cache_files import aside, read_part
 from ray_jobs.data.encoding.encoding import EMPTY_CAPTION, reference_image
 from ray_jobs.data.encoding.plan import PartRecord
-from ray_jobs.run.manifest import Manifest
+from ray_jobs.run.folder import RunFolder, SharedFolder
+from ray_jobs.run.manifest import MANIFEST, Manifest
 from ray_jobs.run.split import Split
 
 if TYPE_CHECKING:
@@ -53,6 +54,15 @@ class Dataset:
     without_fold: int | None = None
     votes: Votes | None = None
     earlier_votes: Votes | None = None
+
+    @classmethod
+    def of_run(cls, config: Config) -> "Dataset | None":
+        """Return what prepare left in a run, without votes; None if it has left nothing."""
+        storage = RunFolder.of(config).dataset
+        if not storage.exists(MANIFEST):
+            return None
+        manifest = Manifest.read(storage)
+        return cls(storage, SharedFolder.of(config).encoded(manifest.encoders), manifest)
 
     @property
     def rows_an_epoch(self) -> int:
