@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from statistics import NormalDist
 
 LEVEL, POWER = 0.05, 0.8  # of the two-sided test that `votes_needed` is for
+TOLD_APART = 0.6  # share of votes for one of two models that texts give as an example of a difference
+DRIFT = 2.0  # errors of FID's difference by which a model may be worse and still win by votes
 LARGEST_EXPONENT = 700.0  # of e that a float holds
 
 

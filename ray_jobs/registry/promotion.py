@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from ray_jobs.metrics.votes import DRIFT
 from ray_jobs.run.records import CORRECTED, EARLIER_VOTES, FID, MEASURES, PREFERENCE, SUBJECT, TARGET, VOTES
 
 
@@ -166,7 +167,6 @@ def _objection_of_unedited(new: Measured) -> str | None:
 
 
 CERTAIN = 1.96  # standard errors by which a share of votes must differ from one half
-DRIFT = 2.0  # standard errors of FID's difference from the champion's beyond which it is worse
 
 
 def _objection_of_votes(new: Measured, champion: Measured, paired: Paired | None) -> str | None:

@@ -17,6 +17,7 @@ from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.evaluation.cross_validation import ORIGIN, averaged
 from ray_jobs.evaluation.pool import EvaluatorPool
 from ray_jobs.metrics.ranking import Candidate, require_comparable, winner
+from ray_jobs.metrics.votes import DRIFT
 from ray_jobs.report import Spent, TrialCost, number
 from ray_jobs.run.folder import RunFolder
 from ray_jobs.run.records import (
@@ -37,7 +38,6 @@ from ray_jobs.tuning.computed_steps import read_computed
 FINISHED = "finished.json"
 TUNE = "tune"  # folder of Ray Tune, which stays where trials were interrupted
 BEGINNING = "beginning"  # folder of the features of what training began from
-DRIFT = 2.0  # errors of FID by which a rung may be worse than the beginning and still win by votes
 COMPARISON = ("behind", "behind_error", "variance_ratio")
 
 
@@ -140,7 +140,7 @@ def choose(rows: list[RungRow], pool: EvaluatorPool) -> tuple[RungRow, list[Rung
         row = rows[place]
         # A row with more steps cannot win a tie, and without errors only equal scores tie.
         if row.step < best.step and row.score_error is not None:
-            rung, lowest = (Storage.open(each.features or each.checkpoint) for each in (row, best))
+            rung, lowest = map(_drawn, (row, best))
             found = pool.difference(rung, lowest, VALIDATION, measure=row.ranked_by)
             ratio = found.variance_ratio if math.isfinite(found.variance_ratio) else None
             compared = dict(zip(COMPARISON, (found.value, found.standard_error, ratio), strict=True))
@@ -152,6 +152,11 @@ def choose(rows: list[RungRow], pool: EvaluatorPool) -> tuple[RungRow, list[Rung
         for row in (rows[place] for place in standing)
     ]
     return rows[standing[winner(ranked)]], rows
+
+
+def _drawn(row: RungRow) -> Storage:
+    """Return the folder with the features of a candidate's own pictures."""
+    return Storage.open(row.features or row.checkpoint)
 
 
 def _within_drift(rows: list[RungRow], pool: EvaluatorPool) -> list[int]:
@@ -168,9 +173,9 @@ def _within_drift(rows: list[RungRow], pool: EvaluatorPool) -> list[int]:
     before = pool.score(None, VALIDATION, beginning).fid
 
     def drifted(row: RungRow) -> bool:
-        if row.score_error is None:  # nothing is estimated
+        if row.fid_error is None:  # as with evaluate.bootstrap: 0; that of votes is always known
             return row.fid > before.value
-        apart = pool.difference(Storage.open(row.checkpoint), beginning, VALIDATION)
+        apart = pool.difference(_drawn(row), beginning, VALIDATION)
         return apart.value > DRIFT * apart.standard_error
 
     kept = [place for place in places if not drifted(rows[place])]

@@ -69,13 +69,13 @@ def scores(generated: Features, real: Real) -> Scores:
 class Comparing:
     """Compares rungs by their saved features, as an evaluator does."""
 
-    def __init__(self, real: Real) -> None:
-        self.real, self.measures = real, set[str]()
+    def __init__(self, real: Real, resamples: int = RESAMPLES) -> None:
+        self.real, self.measures, self.resamples = real, set[str](), resamples
 
     def difference(self, one: Storage, other: Storage, split: Split, measure: str) -> PairedDifference:
         self.measures.add(measure)
         first, second = (torch.from_numpy(load(each.read_bytes(FEATURES))[NETWORK]) for each in (one, other))
-        return difference_by(measure, first, second, self.real, NETWORK, resamples=RESAMPLES)
+        return difference_by(measure, first, second, self.real, NETWORK, resamples=self.resamples)
 
 
 def rung(folder: Storage, measure: str, step: int, shift: float, real: Real) -> RungRow:
@@ -130,6 +130,42 @@ def test_another_measure_may_choose_another_rung_of_a_trial_and_of_folds() -> No
         assert [row.folds for row in means] == [[row.score] * 2 for row in ranked]
     with pytest.raises(ValueError, match="ranked_by: scores of fid and mind do not compare"):
         choose([rows[0] | {"ranked_by": FID}, rows[1] | {"ranked_by": MIND}], no_pool)
+
+
+class Drifting(Comparing):
+    """Compares rungs with what training began from, whose features it keeps."""
+
+    def __init__(self, real: Real, storage: Path, resamples: int) -> None:
+        super().__init__(real, resamples)
+        self.config = configured().model_copy(update={"storage": str(storage)})
+
+    def score(self, weights: None, split: Split, rung: Storage) -> Scores:
+        generated = features(COUNT, 3, 0.3)
+        rung.write_bytes(FEATURES, save(generated))
+        return scores_of(generated, self.real, NETWORKS, self.resamples)
+
+    def difference(self, one: Storage, other: Storage, split: Split, measure: str = FID) -> PairedDifference:
+        return super().difference(one, other, split, measure)
+
+
+@pytest.mark.parametrize("resamples", [RESAMPLES, 0])
+def test_votes_choose_among_rungs_that_draw_no_worse_than_the_beginning(
+    real: Real, tmp_path: Path, resamples: int
+) -> None:
+    pool: Any = Drifting(real, tmp_path / "runs", resamples)
+    folder = Storage.open(str(tmp_path))
+
+    def voted(step: int, shift: float, votes: float) -> RungRow:
+        row = rung(folder, FID, step, shift, real)
+        row |= {"ranked_by": VOTES, "votes": votes, "votes_error": 0.05}
+        return row if resamples else row | {"fid_error": None}
+
+    drifted, near = voted(160, 0.8, 0.2), voted(80, 0.2, 0.4)
+    assert choose([drifted, near], pool)[0].step == 80
+    assert choose([drifted], pool)[0].step == 160, "none is better"
+    # A candidate at another guidance scale is judged by what it drew at that.
+    at_scale = near | {"step": 40, "votes": 0.3, "features": drifted.checkpoint, "fid": drifted.fid}
+    assert choose([at_scale, near], pool)[0].step == 80
 
 
 def test_a_split_without_the_score_is_ranked_by_fid() -> None:
