@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+PreferenceLoss = Literal["dpo", "kto"]
+
 
 @dataclass(frozen=True)
 class PreferenceSettings:
@@ -24,7 +26,7 @@ class PreferenceSettings:
             the reference. For mean errors of latents, as in the authors' programs: 2,000 to 5,000.
     """
 
-    loss: Literal["dpo", "kto"]
+    loss: PreferenceLoss
     beta: float
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -16,10 +16,10 @@ from ray_jobs.diffusion.families.family import MASK_PIXELS, MASKED, reference
 from ray_jobs.diffusion.families.text import LENGTHS, MASK, NULL
 from ray_jobs.diffusion.objectives import Draws, per_row
 from ray_jobs.diffusion.pack import Trainable
+from ray_jobs.diffusion.preferences import PreferenceLoss
 from ray_jobs.diffusion.protocols import Autoencoder
 from ray_jobs.diffusion.randomness import draw
 
-PreferenceLoss = Literal["dpo", "kto"]
 COLUMNS = {"sizes": "conditioning"}  # columns of the conditions that belong to the picture
 PAINTED = ("masked_mean", "masked_logvar", MASK_PIXELS)  # columns of families that paint masks
 

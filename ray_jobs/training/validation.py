@@ -19,8 +19,9 @@ from ray_jobs.data.feeding.streaming import SOURCE, read_rows
 from ray_jobs.diffusion.families import family_of
 from ray_jobs.diffusion.finetuning import FineTuning
 from ray_jobs.diffusion.objectives import LossSettings
+from ray_jobs.diffusion.preferences import PreferenceLoss
 from ray_jobs.diffusion.protocols import Pipeline
-from ray_jobs.training.batch import InputMaker, Piece, PreferenceLoss
+from ray_jobs.training.batch import InputMaker, Piece
 
 # Uniform positions, even for objectives that train on some positions more often.
 PLAIN = LossSettings(timestep_sampling="uniform")
