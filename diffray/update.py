@@ -32,11 +32,12 @@ from ray_jobs.registry.models import CANDIDATE, RegisteredModel, champion
 from ray_jobs.run.command_line import run_stage
 from ray_jobs.run.folder import RunFolder
 from ray_jobs.run.records import Record, Winner
-from serving.client import KEY_VARIABLE, EndpointError, call
+from serving.client import KEY_VARIABLE, EndpointError
 from serving.feedback.export import ExportReport, export_preferences, export_ratings, export_training
 from serving.feedback.replay import Replayer
 from serving.feedback.store import FeedbackStore, Period
-from serving.service.rollout import RolloutStatus
+from serving.messages import label
+from serving.rollout import status_of
 
 UPDATES = "updates.jsonl"
 
@@ -87,9 +88,10 @@ def update(config: Config, arguments: argparse.Namespace) -> Round | None:
     store = FeedbackStore.open(config)
     try:
         period = Period(since, time.time())
-        if arguments.if_due and not (why := due(config, count_of(config, store, period), held_version, url)):
-            return None
         if arguments.if_due:
+            why = due(config, count_of(config, store, period), held_version, url)
+            if not why:
+                return None
             say("update", why)
         begun = _export(config, store, period, held_version, len(rounds) + 1, url)
     finally:
@@ -122,20 +124,16 @@ def due(config: Config, count: int, held_version: RegisteredModel, url: str | No
         return f"due: {count} new votes, at least {settings.after_votes} (update.after_votes)"
     if settings.after_drift and url:
         try:
-            status = RolloutStatus.model_validate(call(f"{url.rstrip('/')}/v1/rollout", key=_key()))
-        except (EndpointError, ValidationError) as error:
-            raise ConfigError(f"update.after_drift: {url}: {error}") from None
-        scores = status.quality.get(f"{held_version.name}@{held_version.version}")
+            status = status_of(url)
+        except EndpointError as error:
+            raise ConfigError(f"update.after_drift: {error}") from None
+        scores = status.quality.get(label(held_version))
         if scores and scores.expected_fid and scores.fid > settings.after_drift * scores.expected_fid:
             return (
                 f"due: the champion's drift FID is {scores.fid:.1f}, {scores.expected_fid:.1f} when published"
             )
     say("update", f"not due: {count} new votes, {settings.after_votes} are waited for (update.after_votes)")
     return ""
-
-
-def _key() -> str | None:
-    return os.environ.get(KEY_VARIABLE)
 
 
 def _export(
@@ -158,7 +156,7 @@ def _export(
             f"{needed_text(config.data.validation)}"
         )
     out = RunFolder.of(config).root.child("updates", str(number))
-    replayer = Replayer(url, _key())
+    replayer = Replayer(url, os.environ.get(KEY_VARIABLE))
     if config.update.train_on == "liked":
         report = export_training(store, out, replayer, period)
     elif config.train.preference and config.train.preference.loss == "kto":
@@ -176,7 +174,7 @@ def _export(
         number=number,
         since=period.since,
         until=period.until,
-        champion=f"{held_version.name}@{held_version.version}",
+        champion=label(held_version),
         run=f"{config.name}-update-{number}",
         feedback=out.uri if "://" in config.storage else out.path,
         exported=report.count,

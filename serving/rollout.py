@@ -22,6 +22,19 @@ from serving.client import KEY_VARIABLE, EndpointError, call
 from serving.service.rollout import RolloutStatus, promote, withdraw
 
 
+def status_of(url: str) -> RolloutStatus:
+    """Return what a running endpoint says of its versions. Its admin key is read from the environment.
+
+    Raises:
+        EndpointError: it does not answer, or is of another release.
+    """
+    url = f"{url.rstrip('/')}/v1/rollout"
+    try:
+        return RolloutStatus.model_validate(call(url, key=os.environ.get(KEY_VARIABLE)))
+    except ValidationError:
+        raise EndpointError(f"{url}: another version of diffray answers there") from None
+
+
 def comparison(status: RolloutStatus) -> str:
     """Format the answer of GET /v1/rollout as a table."""
     roles = {status.champion: "champion", status.candidate: "candidate"}
@@ -60,13 +73,7 @@ def _run(options: argparse.Namespace) -> None:
     else:
         show(aliases.status(config))
         if options.url:
-            key = os.environ.get(KEY_VARIABLE)
-            url = f"{options.url.rstrip('/')}/v1/rollout"
-            try:
-                status = RolloutStatus.model_validate(call(url, key=key))
-            except ValidationError:
-                raise EndpointError(f"{url}: another version of diffray answers there") from None
-            show(comparison(status))
+            show(comparison(status_of(options.url)))
 
 
 def main(arguments: list[str] | None = None) -> int:

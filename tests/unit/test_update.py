@@ -12,6 +12,7 @@ from ray_jobs.config import Config, ConfigError, load_config
 from ray_jobs.registry.promotion import Measured
 from ray_jobs.registry.registration import register
 from ray_jobs.run.folder import RunFolder
+from serving import rollout
 from serving.feedback.store import FeedbackStore, Period
 from tests.serving.conftest import save_adapters
 from tests.serving.generations import generation, rated
@@ -103,8 +104,6 @@ def test_votes_are_counted_once_by_period(run: Config) -> None:
 
 
 def test_drift_makes_an_update_due(monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffray import update as module
-
     scores: dict[str, Any] = {
         "num_pictures": 200,
         "expected_fid": 20.0,
@@ -117,7 +116,7 @@ def test_drift_makes_an_update_due(monkeypatch: pytest.MonkeyPatch) -> None:
         **{"feedback": [], "taken_out": {}, "shadow": {"stored": 0, "passed_over": 0}, "notice": None},
         "quality": {"emoji@1": scores},
     }
-    monkeypatch.setattr(module, "call", lambda url, key=None: answer)
+    monkeypatch.setattr(rollout, "call", lambda url, key=None: answer)
     config = configured("update.after_drift=2")
     champion: Any = SimpleNamespace(name="emoji", version=1)
     assert due(config, 3, champion, "http://x").startswith("due: the champion's drift FID is 45.0")
