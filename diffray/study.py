@@ -15,7 +15,6 @@ import argparse
 import base64
 import os
 import random
-import re
 import sys
 from html import escape
 from pathlib import Path
@@ -24,13 +23,14 @@ from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config
 from ray_jobs.console import complain, show
 from ray_jobs.console.commands import command_parser
-from ray_jobs.data.preparation import prepared_by
-from ray_jobs.metrics.votes import votes_needed
+from ray_jobs.data.feeding.dataset import Dataset
+from ray_jobs.metrics.votes import TOLD_APART, votes_needed
 from ray_jobs.registry.models import CANDIDATE, CHAMPION, registered
 from ray_jobs.report.dataset_page import STYLE
 from serving.client import KEY_VARIABLE, EndpointError, call
 from serving.feedback.store import FeedbackStore
 from serving.feedback.studies import (
+    NAME,
     STUDY,
     Item,
     Study,
@@ -41,8 +41,8 @@ from serving.feedback.studies import (
     votes_of,
     without_metadata,
 )
+from serving.messages import label
 
-TOLD_APART = 0.6  # share of votes that a study is said to tell from one half
 RELIABLE = 0.667  # alpha below which Krippendorff (2004) draws no conclusions from ratings
 DRAW_S = 600  # timeout of an image, in seconds
 
@@ -54,13 +54,12 @@ def create(config: Config, options: argparse.Namespace) -> str:
         ConfigError: there is a study of that name, a version or captions are missing.
         EndpointError: the endpoint does not draw a version.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][\w-]{0,62}", options.name):
+    if not NAME.fullmatch(options.name):
         raise ConfigError(f"--name: {options.name!r}: give letters, digits, - and _")
     if read_study(config, options.name):
         raise ConfigError(f"--name: there is a study {options.name} already; give another name")
     names = options.versions or [CHAMPION, CANDIDATE]
-    versions = [registered(config, name) for name in names]
-    labels = [f"{each.name}@{each.version}" for each in versions]
+    labels = [label(registered(config, name)) for name in names]
     if labels[0] == labels[1]:
         raise ConfigError(f"--versions: both are {labels[0]}; give two versions")
     folder, items = folder_of(config, options.name), []
@@ -86,8 +85,13 @@ def prompts_of(config: Config, options: argparse.Namespace) -> list[str]:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--prompts: {options.prompts}: {error}") from None
         known = [line.strip() for line in lines if line.strip()]
+    elif dataset := Dataset.of_run(config):
+        known = dataset.table("test", ["text"])["text"].to_pylist()
     else:
-        known = prepared_by(config, config.name).table("test", ["text"])["text"].to_pylist()
+        raise ConfigError(
+            f"--prompts: {config.name} in {config.storage} has no prepared test split to take captions from; "
+            "name a file of prompts, or prepare the run first"
+        )
     different = sorted(set(known))
     if not different:
         raise ConfigError(f"--prompts: {options.prompts or 'the test split'}: there are no prompts")

@@ -11,8 +11,9 @@ from cluster.fetched import local_path
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, DataConfig, SourceConfig, VotesConfig, resolve_path
 from ray_jobs.console import say
+from ray_jobs.data.curation.decisions import HOLD_OUT_FROM
 from ray_jobs.data.sources.metadata import CHOSEN, PREFERENCES, REJECTED
-from ray_jobs.metrics.votes import votes_needed
+from ray_jobs.metrics.votes import TOLD_APART, votes_needed
 from ray_jobs.run.manifest import Manifest
 from ray_jobs.run.records import VOTES
 from ray_jobs.weights.model_files import family_in
@@ -20,7 +21,6 @@ from ray_jobs.weights.model_files import family_in
 PROMPT = "prompt"
 LIKED, DISLIKED = "liked", "disliked"
 FIELD = "train.preference.votes"
-TOLD_APART = 0.6  # share of votes for one of two models that an error gives as an example
 
 
 def suited_to_votes(config: Config) -> Config:
@@ -125,8 +125,8 @@ def require_votes(config: Config, manifest: Manifest) -> None:
     if not manifest.held_out:
         paths = ", ".join(source.path for source in config.data.sources)
         raise ConfigError(
-            f"{FIELD}: {paths}: {manifest.train} votes are too few to hold any out, and 20 are needed; "
-            f"{needed_text(config.data.validation)}"
+            f"{FIELD}: {paths}: {manifest.train} votes are too few to hold any out, and {HOLD_OUT_FROM} are "
+            f"needed; {needed_text(config.data.validation)}"
         )
 
 

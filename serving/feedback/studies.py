@@ -6,6 +6,7 @@ Votes are kept with all other feedback.
 
 import hashlib
 import io
+import re
 from collections.abc import Sequence
 
 from PIL import Image
@@ -21,6 +22,7 @@ from serving.feedback.store import Vote
 from serving.schemas import APIError
 
 STUDY, STUDIES = "study.json", "studies"
+NAME = re.compile(r"[A-Za-z0-9][\w-]{0,62}")  # of a study; it is a folder's name, and part of a URL
 NORMAL_95 = 1.96
 
 
@@ -172,7 +174,7 @@ def require_study(config: Config, name: str) -> Study:
     Raises:
         APIError: 404, there is none of that name.
     """
-    found = read_study(config, name) if name.replace("-", "").replace("_", "").isalnum() else None
+    found = read_study(config, name) if NAME.fullmatch(name) else None
     if found is None:
         raise APIError(404, f"there is no study {name!r}", code="study_not_found")
     return found

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from diffray.study import create, lines_of, report
+from diffray.study import create, lines_of, prompts_of, report
 from ray_jobs.config import Config, ConfigError
+from ray_jobs.data.feeding.dataset import PARTS
 from ray_jobs.registry.models import RegisteredModel
+from ray_jobs.run.folder import RunFolder, SharedFolder
 from serving.client import EndpointError, call
 from serving.feedback.database import open_database
 from serving.feedback.store import FeedbackStore, Vote
@@ -21,12 +23,17 @@ from serving.feedback.studies import (
     folder_of,
     next_pair,
     read_study,
+    require_study,
     result_of,
     votes_of,
 )
+from serving.schemas import APIError
+from tests.conftest import captions
 from tests.serving.page_server import page_server
 from tests.serving.test_service import versions, watched  # noqa: F401  fixtures
 from tests.serving.test_web import CHROMIUM, browser  # noqa: F401
+from tests.small_set import PICTURES, small_set
+from tests.unit.test_affects import configured
 
 ITEMS = [Item(prompt=f"p{n}", seed=n, images=(f"a{n}", f"b{n}")) for n in range(8)]
 STUDY = Study(name="s", versions=("m@1", "m@2"), items=ITEMS)
@@ -77,6 +84,31 @@ def test_an_undecided_study_says_how_many_votes_it_takes() -> None:
     assert any("to tell 60% from half takes 194 votes" in line for line in lines)
     assert any("agreement: unknown" in line for line in lines)
     assert lines_of(result_of(STUDY, []))[-1] == "no votes yet"
+
+
+def test_prompts_are_captions_of_the_test_split_unless_a_file_has_others(tmp_path: Path) -> None:
+    config = configured().model_copy(update={"storage": str(tmp_path)})
+    options = Namespace(prompts=None, count=99, seed=0)
+    with pytest.raises(ConfigError, match="--prompts: .* has no prepared test split"):
+        prompts_of(config, options)
+    prepared = small_set(SharedFolder.of(config).encoded("00"))
+    folder = RunFolder.of(config).dataset
+    folder.write_text(PARTS, prepared.storage.read_text(PARTS))
+    (prepared.manifest | {"encoders": "00"}).write(folder)
+    held_out = {captions()[number] for number in PICTURES["test"]}
+    assert sorted(prompts_of(config, options)) == sorted(held_out)
+    (tmp_path / "lines").write_text("a red apple\n\n")
+    options.prompts = str(tmp_path / "lines")
+    assert prompts_of(config, options) == ["a red apple"]
+
+
+@pytest.mark.parametrize("name", ["../spring", ".", "a b", "", "-a", "a" * 64])
+def test_a_name_that_is_no_studys_is_refused_and_not_looked_for(tmp_path: Path, name: str) -> None:
+    config = configured().model_copy(update={"storage": str(tmp_path)})
+    with pytest.raises(ConfigError, match="--name: .* give letters"):
+        create(config, Namespace(name=name))
+    with pytest.raises(APIError, match="there is no study"):
+        require_study(config, name)
 
 
 @pytest.fixture
