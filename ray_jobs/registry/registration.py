@@ -140,6 +140,7 @@ def _decide(
     name, aliases = config.publish.model_name, aliases_of(client, config)
     champion = aliases.get(CHAMPION)
     against: str | None = None
+    better = ""
     if champion == version:
         decision = "champion"
     elif champion is None:
@@ -155,9 +156,10 @@ def _decide(
         against = objection(measured, held, paired if paired and paired.champion == champion else None)
         measure = compared_by(measured, held) if held else FID
         score = f"its test {MEASURES[measure].name} {measured.told(measure)}"
-        decision = f"champion: {score} beats that of version {champion}, now {PREVIOUS}"
+        better = f"{score} beats that of version {champion}"
+        decision = f"champion: {better}, now {PREVIOUS}"
     if config.publish.release == "canary" and champion not in (None, version):
-        return _released(client, name, version, decision, against)
+        return _released(client, name, version, better, against)
     if against:
         decision = (
             f"stays candidate: {against}; to promote it all the same: {command_line('promote', version)}"
@@ -170,13 +172,17 @@ def _decide(
 
 
 def _released(
-    client: "MlflowClient", name: str, version: int, decision: str, against: str | None
+    client: "MlflowClient", name: str, version: int, better: str, against: str | None
 ) -> Registered:
-    """Make a new version the candidate, or hold it back, and record why (`publish.release: canary`)."""
+    """Make a new version the candidate, or hold it back, and record why (`publish.release: canary`).
+
+    Args:
+        better, against: what speaks for it, and what against it, as sentences.
+    """
     if against:
         decision = f"held back: {against}; to promote it all the same: {command_line('promote', version)}"
     else:
-        decision = f"candidate: {decision.removeprefix('champion: ').partition(', now ')[0]}"
+        decision = f"candidate: {better}"
         retried(lambda: client.set_registered_model_alias(name, CANDIDATE, str(version)))
     retried(lambda: client.set_model_version_tag(name, str(version), DECISION, decision))
     return Registered(version, (CANDIDATE,) if not against else (), decision)
