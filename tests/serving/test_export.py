@@ -13,8 +13,10 @@ from fastapi import FastAPI
 from PIL import Image
 from pyarrow import parquet
 
-from ray_jobs.config import SourceConfig
+from ray_jobs.config import SourceConfig, load_config
+from ray_jobs.data.preparation import open_sources
 from ray_jobs.data.sources.detection import open_source
+from ray_jobs.data.votes import votes_config
 from serving.engine.thread import EngineThread
 from serving.export import main
 from serving.feedback.database import open_database
@@ -23,6 +25,7 @@ from tests.serving.drawing_server import drawing_server, pixels_of
 from tests.serving.feedback_server import FEEDBACK_KEY
 from tests.serving.generations import generation, rated
 from tests.serving.http_server import http_server
+from tests.unit.test_sources import samples
 
 APPLE, FOX = "a red apple", "a fox \N{FOX FACE}"
 
@@ -222,6 +225,43 @@ def test_liked_pictures_become_a_source_of_training_data(
         "pictures": 2,
         "left_out": {"a picture that was not rated good on the whole": 2},
     }
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss", "expected"),
+    [
+        ("preferences", "dpo", [[(APPLE, 2, [1])]]),
+        ("preferences", "kto", [[(APPLE, 2, [])], [(APPLE, 1, [])]]),
+        ("ratings", "kto", [[(APPLE, 2, []), (FOX, 6, [])], [(APPLE, 1, [])]]),
+    ],
+)
+def test_what_is_exported_is_what_training_on_votes_reads(
+    store: FeedbackStore,
+    arguments: list[str],
+    tmp_path: Path,
+    tiny_model: Path,
+    thread: EngineThread,
+    kind: str,
+    loss: str,
+    expected: list[list[tuple[str, int, list[int]]]],
+) -> None:
+    for number, rating in ((2, 1), (6, 1), (1, -1), (3, 0)):
+        store.rate(rated(number, rating), "key-a")
+    with drawing_server(thread) as url:
+        main([kind, *arguments, "--draw", url, "--key", FEEDBACK_KEY])
+    preference = f'train.preference={{"votes": ["{tmp_path / "out"}"], "loss": "{loss}"}}'
+    config = load_config(tmp_path / "config.yaml", [f"model.base={tiny_model}", preference])
+    assert config.train.preference
+    sources = open_sources(votes_config(config, config.train.preference, config.train.preference.votes))
+    drawn = {path.read_bytes(): path.stem for path in (tmp_path / "out").rglob("*.png")}
+    read = [
+        [(row.text, drawn[row.data], [drawn[each] for each in row.further]) for row in samples(source)]
+        for source in sources
+    ]
+    assert read == [
+        [(text, image(number), [image(each) for each in others]) for text, number, others in rows]
+        for rows in expected
+    ]
 
 
 def test_pictures_that_are_there_are_not_drawn_twice(
