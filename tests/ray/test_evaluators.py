@@ -24,7 +24,7 @@ from ray_jobs.publishing.remembered import measure_remembered, require_remembere
 from ray_jobs.publishing.subjects import measure_subjects
 from ray_jobs.publishing.test_split_ledger import read_records
 from ray_jobs.run.folder import SharedFolder
-from ray_jobs.run.records import CONTROL, EARLIER_VOTES, MEASURES, SUBJECT, TARGET, VOTES, RungRow
+from ray_jobs.run.records import PREFERENCE, RungRow
 from ray_jobs.run.samples import SAMPLES
 from ray_jobs.run.split import TEST, VALIDATION, Split
 from ray_jobs.training.checkpoint import folder_of, weights_of
@@ -35,6 +35,7 @@ from tests.conftest import captions, draw
 from tests.ray.test_training import tiny_config
 from tests.serving.conftest import save_adapters
 from tests.small_set import PICTURES, small_set
+from tests.unit.test_rank_by import RANKING
 
 STEP = 2
 SETTINGS = (
@@ -225,11 +226,8 @@ def test_a_picture_that_several_folds_have_is_restored_once(
     assert pool._restored(training[:4], times=2)[network].shape == some[network].shape and sent[2:] == [4]
 
 
-# Neither is this set of a subject, nor has it references, control images or votes.
-WITHOUT = {SUBJECT, TARGET, CONTROL, VOTES, EARLIER_VOTES}
-
-
-@pytest.mark.parametrize("measure", sorted(set(MEASURES) - WITHOUT))
+# This set has captions, but neither is it of a subject, nor has it references, control images or votes.
+@pytest.mark.parametrize("measure", sorted([*RANKING, PREFERENCE]))
 def test_two_rungs_are_compared_by_whatever_ranks(
     started: EvaluatorPool, rows: list[RungRow], measure: str
 ) -> None:
