@@ -155,7 +155,7 @@ def _export(
             f"update: {count} votes since the last update are too few, and {HOLD_OUT_FROM} are needed; "
             f"{needed_text(config.data.validation)}"
         )
-    out = RunFolder.of(config).root.child("updates", str(number))
+    out = RunFolder.of(config).feedback(number)
     replayer = Replayer(url, os.environ.get(KEY_VARIABLE))
     if config.update.train_on == "liked":
         report = export_training(store, out, replayer, period)

@@ -21,6 +21,7 @@ from ray_jobs.run.folder import (
     BEGINS_FROM,
     CONFIG,
     DATASET,
+    DATASETS,
     ENCODED,
     REGISTRY,
     SEARCH,
@@ -265,17 +266,18 @@ def _unused(encoded: Sizes, runs: list[RunSpace]) -> tuple[str, Sizes]:
     for run in runs:
         if run.kept_whole.startswith("in use"):
             return f"{run.name} is {run.kept_whole}", {}
-        if not any(name.startswith(f"{DATASET}/") for name in run.sizes):
-            continue
-        dataset = run.root.child(DATASET)
-        try:
-            encoders = Manifest.read(dataset).encoders if dataset.exists(MANIFEST) else ""
-            if not (encoders and dataset.exists(PARTS)):
-                return f"{run.name} is not wholly prepared", {}
-            files = {part["file"] for part in _parsed(dataset, PARTS)}
-        except ConfigError as error:
-            return str(error), {}
-        used.setdefault(encoders[:16], {EMPTY_CAPTION}).update(files)
+        for folder in DATASETS:
+            if not any(name.startswith(f"{folder}/") for name in run.sizes):
+                continue
+            dataset = run.root.child(folder)
+            try:
+                encoders = Manifest.read(dataset).encoders if dataset.exists(MANIFEST) else ""
+                if not (encoders and dataset.exists(PARTS)):
+                    return f"{run.name} is not wholly prepared", {}
+                files = {part["file"] for part in _parsed(dataset, PARTS)}
+            except ConfigError as error:
+                return str(error), {}
+            used.setdefault(encoders[:16], {EMPTY_CAPTION}).update(files)
     return "", {
         f"{ENCODED}/{name}": size
         for name, size in encoded.items()

@@ -13,7 +13,8 @@ BEGINS_FROM = "begins_from.json"  # registered versions that the run begins from
 MODEL = "model"
 IMPORTED = "imported"  # weights from elsewhere while they are measured
 REPORT = "report.html"
-TRAININGS, DATASET, SEARCH = "train", "dataset", "search"
+TRAININGS, SEARCH = "train", "search"
+DATASETS = DATASET, VOTES, EARLIER_VOTES = "dataset", "votes", "earlier_votes"  # folders that prepare fills
 ENCODED, REGISTRY = "encoded", "registry"  # folders that runs share
 CAPTIONS = "captions.json"  # in the samples: the captions of the pictures
 
@@ -40,12 +41,12 @@ class RunFolder:
     @property
     def votes(self) -> Storage:
         """As `dataset`, of the votes of `train.preference`."""
-        return self.root.child("votes")
+        return self.root.child(VOTES)
 
     @property
     def earlier_votes(self) -> Storage:
         """As `votes`, of those that are not trained on."""
-        return self.root.child("earlier_votes")
+        return self.root.child(EARLIER_VOTES)
 
     @property
     def trainings(self) -> Storage:
@@ -83,6 +84,14 @@ class RunFolder:
     def remembered(self, run: str) -> Storage:
         """Pictures of an earlier run's captions, before and after this run's training."""
         return self.root.child("remembered", run)
+
+    def study(self, name: str) -> Storage:
+        """Pictures of two versions that raters compare, and what they prefer."""
+        return self.root.child("studies", name)
+
+    def feedback(self, update: int) -> Storage:
+        """What people said before an update, as it was exported."""
+        return self.root.child("updates", str(update))
 
     @property
     def shadow(self) -> Storage:

@@ -21,7 +21,7 @@ from ray_jobs.run.folder import RunFolder
 from serving.feedback.store import Vote
 from serving.schemas import APIError
 
-STUDY, STUDIES = "study.json", "studies"
+STUDY = "study.json"
 NAME = re.compile(r"[A-Za-z0-9][\w-]{0,62}")  # of a study; it is a folder's name, and part of a URL
 NORMAL_95 = 1.96
 
@@ -79,7 +79,7 @@ class StudyResult(BaseModel):
 
 def folder_of(config: Config, name: str) -> Storage:
     """Return the folder of a study."""
-    return RunFolder.of(config).root.child(STUDIES, name)
+    return RunFolder.of(config).study(name)
 
 
 def read_study(config: Config, name: str) -> Study | None:

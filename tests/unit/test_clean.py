@@ -210,11 +210,15 @@ def test_only_encoded_files_that_no_run_uses_and_records_of_lost_runs_are_unused
     tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = configured(tmp_path / "runs", "cached")
-    searched(config, ["own.parquet", "shared.parquet"])
+    run = searched(config, ["own.parquet", "shared.parquet"])
+    for number, votes in enumerate((run.votes, run.earlier_votes)):
+        votes.write_text("manifest.json", json.dumps({"encoders": ENCODERS}))
+        votes.write_text("parts.json", json.dumps([{"file": f"votes-{number}.parquet"}]))
     searched(configured(tmp_path / "runs", "second"), ["shared.parquet", "theirs.parquet"])
     shared = SharedFolder.of(config)
     cache, older = shared.encoded(ENCODERS), shared.encoded("cd" * 32)
     kept = [EMPTY_CAPTION, "own.parquet", "shared.parquet", "theirs.parquet"]
+    kept += ["votes-0.parquet", "votes-1.parquet"]
     for name in [*kept, "former.parquet", f"own.parquet{ASIDE}"]:
         cache.write_text(name, "rows")
     older.write_text(EMPTY_CAPTION, "rows")
@@ -230,7 +234,7 @@ def test_only_encoded_files_that_no_run_uses_and_records_of_lost_runs_are_unused
 
     assert "registry/model/0123: 0.0 MiB, of no version of this registry; delete it by hand" in clean()
     assert "gone: its run's folder is gone" in clean("--unused") and Job("gone").record
-    assert len(cache.files()) == 6
+    assert len(cache.files()) == 8
     clean("--unused", "--delete")
     assert (cache.files(), older.files()) == (sorted(kept), [])
     assert (Job("cached").record is None, Job("gone").record) == (False, None)
@@ -242,8 +246,11 @@ def test_only_encoded_files_that_no_run_uses_and_records_of_lost_runs_are_unused
         RunFolder.of(config).dataset.write_text(file, content)
         assert f"encoded: kept whole: {tmp_path}/runs/cached/dataset/{file}: damaged" in clean("--unused")
         RunFolder.of(config).dataset.write_text(file, before)
-    RunFolder.of(config).dataset.delete("parts.json")
-    assert "encoded: kept whole: cached is not wholly prepared" in clean("--unused")
+    for part in (run.dataset, run.votes):
+        before = part.read_text("parts.json")
+        part.delete("parts.json")
+        assert "encoded: kept whole: cached is not wholly prepared" in clean("--unused")
+        part.write_text("parts.json", before)
 
 
 def test_what_a_run_may_use_that_begins_meanwhile_is_kept(
