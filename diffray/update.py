@@ -118,11 +118,19 @@ def due(config: Config, count: int, held_version: RegisteredModel, url: str | No
 
     Args:
         count: of new votes, or of liked images.
+
+    Raises:
+        ConfigError: `update.after_drift` needs an endpoint, and there is none, or it does not answer.
     """
     settings = config.update
     if count >= settings.after_votes:
         return f"due: {count} new votes, at least {settings.after_votes} (update.after_votes)"
-    if settings.after_drift and url:
+    if settings.after_drift:
+        if url is None:
+            raise ConfigError(
+                "update.after_drift: the endpoint says if the champion has drifted; give its URL as --draw, "
+                "or set update.url"
+            )
         try:
             status = status_of(url)
         except EndpointError as error:

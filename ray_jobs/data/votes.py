@@ -57,7 +57,7 @@ def votes_config(config: Config, votes: VotesConfig, folders: Sequence[str]) -> 
     kept = (
         *("resolution", "buckets", "bucket_max_aspect_ratio", "background", "validation", "test"),
         *("split_seed", "encode", "encode_batch_size", "encode_workers", "encode_dtype"),
-        *("encode_precision", "shuffle_mb"),
+        "shuffle_mb",
     )
     given = {name: getattr(own, name) for name in kept if name in own.model_fields_set}
     cleaning = own.cleaning.model_dump(exclude_unset=True)

@@ -12,11 +12,8 @@ from ray_jobs.console import say
 from ray_jobs.registry.models import registered, verify_weights
 from ray_jobs.run.folder import BEGINS_FROM, RunFolder
 
-METHODS = {
-    "base": "full",
-    "adapter": "lora",
-    "controlnet": "controlnet",
-}  # that a version must have been trained by
+# That a version must have been trained by, by field of `model`.
+METHODS = {"base": "full", "adapter": "lora", "controlnet": "controlnet"}
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,12 @@ def test_drift_makes_an_update_due(monkeypatch: pytest.MonkeyPatch) -> None:
     assert due(configured("update.after_drift=3"), 3, champion, "http://x") == ""
 
 
+def test_drift_is_not_passed_over_without_an_endpoint_that_tells_it() -> None:
+    champion: Any = SimpleNamespace(name="emoji", version=1)
+    with pytest.raises(ConfigError, match=r"update\.after_drift: .* give its URL as --draw"):
+        due(configured("update.after_drift=2"), 3, champion, None)
+
+
 def test_without_an_endpoint_nothing_can_be_drawn_again(run: Config) -> None:
     vote(run, 30)
     config = run.model_copy(update={"update": run.update.model_copy(update={"url": None})})
