@@ -3,7 +3,7 @@
 import base64
 import json
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from serving.schemas import (
     invalid_request,
     limited,
 )
+from serving.service.given_files import NO_FILES, GivenFiles
 from serving.service.metrics import CONTENT_TYPE
 from serving.service.picture_links import PATH as PICTURES_PATH
 from serving.service.request_context import RequestContext
@@ -109,21 +110,20 @@ def _add_drawing(api: FastAPI, service: Service) -> None:
         kind: Kind,
         body: ImageRequest,
         request: Request,
-        images: Sequence[bytes] = (),
-        mask: bytes | None = None,
+        files: GivenFiles = NO_FILES,
     ) -> Response:
         context = _context(request)
         if prefers_async(request):
             if body.stream:
                 raise APIError(400, "stream: not with Prefer: respond-async", "stream", "invalid_value")
-            await service.check(body, context, images, mask)
-            return accepted(await service.jobs.submit(kind, body, context, images, mask))
+            await service.check(body, context, files)
+            return accepted(await service.jobs.submit(kind, body, context, files))
         if body.webhook_url:
             message = "webhook_url: announces the end of a job; send the header Prefer: respond-async"
             raise APIError(400, message, "webhook_url", "invalid_value")
         if not body.stream:
-            return _json(await service.generate(body, context, images, mask))
-        return await EventStream.of(service.stream(body, context, images, mask), context)
+            return _json(await service.generate(body, context, files))
+        return await EventStream.of(service.stream(body, context, files), context)
 
     async def generate(body: ImageRequest, request: Request) -> Response:
         """Generate `n` images from a prompt; with `stream`, one image after its previews."""
@@ -131,15 +131,15 @@ def _add_drawing(api: FastAPI, service: Service) -> None:
 
     async def edit(request: Request) -> Response:
         """Generate `n` images from those in `image`: references, or one to paint into or begin with."""
-        body, images, mask = await _edit_of(request, fields_of_edits)
-        return await answer("edits", body, request, images, mask)
+        body, files = await _edit_of(request, fields_of_edits)
+        return await answer("edits", body, request, files)
 
     async def vary(request: Request) -> Response:
         """Generate `n` variations of an image: each begins with it."""
-        body, images, mask = await _edit_of(request, fields_of_variations)
-        if mask is not None:
+        body, files = await _edit_of(request, fields_of_variations)
+        if files.mask is not None:
             raise APIError(400, "mask: send it to /v1/images/edits", MASK_FIELD, "unsupported_parameter")
-        return await answer("variations", body, request, images)
+        return await answer("variations", body, request, files)
 
     # So that FastAPI checks and documents the limits.
     generate.__annotations__["body"] = limited(ImageRequest, service.settings)
@@ -314,12 +314,10 @@ async def _as_text(
         await events.aclose()
 
 
-async def _edit_of(
-    request: Request, model: type[EditRequest]
-) -> tuple[EditRequest, list[bytes], bytes | None]:
-    """Return the fields, the images and the mask of an edit form."""
+async def _edit_of(request: Request, model: type[EditRequest]) -> tuple[EditRequest, GivenFiles]:
+    """Return the fields and the files of an edit form."""
     fields = form_fields(request.headers.get("content-type", ""), await request.body())
-    images = [content for name, content in fields if name in IMAGE_FIELDS]
+    images = tuple(content for name, content in fields if name in IMAGE_FIELDS)
     if not any(images):
         raise APIError(400, "image: missing; send an image file", "image", "invalid_value")
     texts: dict[str, str] = {}
@@ -341,7 +339,7 @@ async def _edit_of(
         except UnicodeDecodeError:
             raise APIError(400, f"{name}: must be UTF-8", name, "invalid_value") from None
     try:
-        return model.model_validate(texts), images, mask
+        return model.model_validate(texts), GivenFiles(images, mask)
     except ValidationError as error:
         raise invalid_request(error.errors()[0]) from None
 

@@ -11,9 +11,9 @@ import logging
 import random
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -22,6 +22,7 @@ from ray_jobs.config import ServeConfig
 from serving.feedback.job_store import JobRecord, JobStore
 from serving.jobs import OPEN, REQUESTS, Job, Kind
 from serving.schemas import MAX_SEED, APIError, ErrorBody, ImageRequest, ImageResponse
+from serving.service.given_files import NO_FILES, GivenFiles
 from serving.service.request_context import ANONYMOUS, RequestContext
 from serving.service.webhooks import Webhooks
 
@@ -32,20 +33,8 @@ RESULT, GIVEN = "result.json", "given"  # in a job's folder: its answer, and the
 
 log = logging.getLogger("ray.serve")
 T = TypeVar("T")
-
-
-class Generate(Protocol):
-    """Draws a request, as `Service.generate` does."""
-
-    def __call__(
-        self,
-        request: ImageRequest,
-        context: RequestContext,
-        images: Sequence[bytes] = (),
-        mask: bytes | None = None,
-        *,
-        timeout_s: float | None = None,
-    ) -> Awaitable[ImageResponse]: ...
+Generate = Callable[[ImageRequest, RequestContext, GivenFiles, float], Awaitable[ImageResponse]]
+"""Draws a request in at most so many seconds, as `Service.generate` does."""
 
 
 class Jobs:
@@ -92,8 +81,7 @@ class Jobs:
         kind: Kind,
         request: ImageRequest,
         context: RequestContext,
-        images: Sequence[bytes] = (),
-        mask: bytes | None = None,
+        files: GivenFiles = NO_FILES,
     ) -> Job:
         """Keep a job that was checked, and return it.
 
@@ -112,12 +100,12 @@ class Jobs:
             kind=kind,
             state="queued",
             request=request.model_dump_json(exclude_defaults=True),
-            num_images=len(images),
-            has_mask=int(mask is not None),
+            num_images=len(files.images),
+            has_mask=int(files.mask is not None),
             base_url=context.base_url,
             webhook_url=request.webhook_url,
         )
-        await self._stored(lambda: self._keep(job, images, mask))
+        await self._stored(lambda: self._keep(job, files))
         self._queue.put_nowait(job)
         return self._shown(job)
 
@@ -147,13 +135,15 @@ class Jobs:
             self.folder.delete(job_id)
             self.store.delete(job_id)
 
-    def _keep(self, job: JobRecord, images: Sequence[bytes], mask: bytes | None) -> None:
+    def _keep(self, job: JobRecord, files: GivenFiles) -> None:
         if self.store.num_open(job.key_id) >= self.settings.max_jobs:
             message = f"this client has {self.settings.max_jobs} open jobs, which is its limit"
             raise APIError(429, message, None, "concurrency_limit_exceeded", {"retry-after": "10"})
-        files = {f"image-{number}": content for number, content in enumerate(images)}
+        named = {f"image-{number}": content for number, content in enumerate(files.images)}
+        if files.mask is not None:
+            named["mask"] = files.mask
         try:
-            for name, content in (files | ({} if mask is None else {"mask": mask})).items():
+            for name, content in named.items():
                 self.folder.write_bytes(f"{job.id}/{GIVEN}/{name}", content)
             self.store.add(job)
         except Exception:
@@ -210,23 +200,23 @@ class Jobs:
 
     async def _drawn(self, job: JobRecord) -> ImageResponse:
         request = REQUESTS[job.kind].model_validate_json(job.request)
-        images, mask = await self._retried(partial(self._given, job))
+        files = await self._retried(partial(self._given, job))
         seconds = 60 * self.settings.job_minutes
         deadline = time.monotonic() + seconds
         while True:
             context = RequestContext(request_id=job.id, key_id=job.key_id, base_url=job.base_url)
             try:
-                return await self._generate(request, context, images, mask, timeout_s=seconds)
+                return await self._generate(request, context, files, seconds)
             except APIError as error:
                 if error.code not in LATER or time.monotonic() > deadline:
                     raise
             await asyncio.sleep(PAUSE_S)
 
-    def _given(self, job: JobRecord) -> tuple[list[bytes], bytes | None]:
-        """Return the images and the mask that came with a job."""
+    def _given(self, job: JobRecord) -> GivenFiles:
+        """Return the files that came with a job."""
         given = self.folder.child(job.id, GIVEN)
-        images = [given.read_bytes(f"image-{number}") for number in range(job.num_images)]
-        return images, given.read_bytes("mask") if job.has_mask else None
+        images = tuple(given.read_bytes(f"image-{number}") for number in range(job.num_images))
+        return GivenFiles(images, given.read_bytes("mask") if job.has_mask else None)
 
     async def _end(self, job_id: str, state: str, error: str | None = None) -> None:
         """Record the end of a job that has none, and announce it."""

@@ -25,6 +25,7 @@ from serving.schemas import (
     VariationRequest,
     width_and_height,
 )
+from serving.service.given_files import NO_FILES, GivenFiles
 from serving.service.registry_watcher import RegistryWatcher
 from serving.service.replica_client import ReplicaClient
 from serving.service.request_context import RequestContext
@@ -68,14 +69,9 @@ class RequestPlanner:
         self,
         request: ImageRequest,
         context: RequestContext,
-        images: Sequence[bytes] = (),
-        mask: bytes | None = None,
+        files: GivenFiles = NO_FILES,
     ) -> list[RoutedRequest]:
         """Return one request per image, with the server's defaults filled in.
-
-        Args:
-            images: image files of an EditRequest: references, one to paint into, or one initial image.
-            mask: of the image to paint into, transparent where it is to be painted.
 
         Raises:
             APIError: a field, which is named, is not supported.
@@ -92,9 +88,9 @@ class RequestPlanner:
         width, height = await self._pixels(request.size)
         strength: float | None = None
         references: tuple[bytes, ...] = ()
-        assert bool(images) == isinstance(request, EditRequest)
+        assert bool(files.images) == isinstance(request, EditRequest)
         if isinstance(request, EditRequest):
-            strength, references = await self._given(request, images, mask)
+            strength, references = await self._given(request, files)
         seed = random.randint(0, MAX_SEED) if request.seed is None else request.seed
         steps = request.steps or self._steps(request.quality)
         first = Request(
@@ -117,12 +113,12 @@ class RequestPlanner:
         routed = RoutedRequest(
             version,
             first,
-            images[0] if strength else None,
+            files.images[0] if strength else None,
             references,
-            mask,
+            files.mask,
             control=control,
             # Edits are not scored: they differ from the published images as much as their input does.
-            scored=not images and control is None and version in self._compared,
+            scored=not files.images and control is None and version in self._compared,
             asked=time.time(),
             fused=self.settings.fuse_champion and version == self.catalogue.champion,
             adapters=adapters,
@@ -215,14 +211,13 @@ class RequestPlanner:
             raise APIError(400, message, "size", "invalid_value")
         return width, height
 
-    async def _given(
-        self, request: EditRequest, images: Sequence[bytes], mask: bytes | None
-    ) -> tuple[float | None, tuple[bytes, ...]]:
+    async def _given(self, request: EditRequest, files: GivenFiles) -> tuple[float | None, tuple[bytes, ...]]:
         """Return the strength of an edit that begins with its image, and the references of another.
 
         Raises:
             APIError: 400, there are too many images, or the mask is missing.
         """
+        images, mask = files
         traits = await self.replicas.traits()
         if traits.paints_masks:
             if isinstance(request, VariationRequest):
@@ -233,13 +228,13 @@ class RequestPlanner:
                 raise APIError(400, f"mask: {reason}", "mask", "invalid_value")
             if len(images) > 1:
                 raise _too_many(images, "this model paints into one")
-            return request.strength, tuple(images)
+            return request.strength, images
         limit = traits.max_references
         if limit and request.strength is None:
             if len(images) > limit:
                 raise _too_many(images, f"this model takes at most {limit}")
             # Into a mask, it paints by blending with the first one.
-            return None if mask is None else 1.0, tuple(images)
+            return None if mask is None else 1.0, images
         if len(images) > 1:
             reason = "with strength, drawing begins with one" if limit else "drawing begins with one"
             raise _too_many(images, reason)

@@ -27,6 +27,7 @@ from serving.schemas import (
     shown_quality,
 )
 from serving.service.canary import Canary, Limits
+from serving.service.given_files import NO_FILES, GivenFiles
 from serving.service.jobs import Jobs
 from serving.service.metrics import Metrics
 from serving.service.picture_links import PictureLinks
@@ -119,15 +120,13 @@ class Service:
         self,
         request: ImageRequest,
         context: RequestContext,
-        images: Sequence[bytes] = (),
-        mask: bytes | None = None,
-        *,
+        files: GivenFiles = NO_FILES,
         timeout_s: float | None = None,
     ) -> ImageResponse:
         """Generate `n` images of a prompt.
 
         Args:
-            images, mask: files of an EditRequest, see `RequestPlanner.plan`.
+            files: those of an EditRequest.
             timeout_s: maximum duration, in seconds; None: the server's for requests.
             context: facts about the HTTP request. Its key selects the version if the request names no user;
                 facts about the images are added for the log.
@@ -139,7 +138,7 @@ class Service:
         deadline = asyncio.get_running_loop().time() + seconds
         with self._slot(), self._in_time(seconds):
             async with asyncio.timeout_at(deadline):
-                planned = await self._plan(request, context, images, mask)
+                planned = await self._plan(request, context, files)
             with self._counted(planned[0]):
                 async with asyncio.timeout_at(deadline):
                     pictures = await self.replicas.draw(planned)
@@ -159,20 +158,18 @@ class Service:
         self,
         request: ImageRequest,
         context: RequestContext,
-        images: Sequence[bytes] = (),
-        mask: bytes | None = None,
+        files: GivenFiles = NO_FILES,
     ) -> None:
         """Raise APIError for a request that cannot be planned; nothing is drawn."""
         with self._in_time(self.settings.request_timeout_s):
             async with asyncio.timeout(self.settings.request_timeout_s):
-                await self._plan(request, context, images, mask)
+                await self._plan(request, context, files)
 
     async def stream(
         self,
         request: ImageRequest,
         context: RequestContext,
-        images: Sequence[bytes] = (),
-        mask: bytes | None = None,
+        files: GivenFiles = NO_FILES,
     ) -> AsyncGenerator[ImageEvent]:
         """Generate one image, yielding its previews on the way.
 
@@ -182,7 +179,7 @@ class Service:
         deadline = asyncio.get_running_loop().time() + self.settings.request_timeout_s
         with self._slot(), self._in_time(self.settings.request_timeout_s):
             async with asyncio.timeout_at(deadline):
-                (planned,) = await self._plan(request, context, images, mask)
+                (planned,) = await self._plan(request, context, files)
             async with aclosing(self.replicas.watch(planned)) as pictures:
                 with self._counted(planned):
                     for index in count():
@@ -191,7 +188,9 @@ class Service:
                         if picture.waited_s is not None:
                             break
                         yield PartialImageEvent(
-                            type="image_edit.partial_image" if images else "image_generation.partial_image",
+                            type="image_edit.partial_image"
+                            if files.images
+                            else "image_generation.partial_image",
                             b64_json=base64.b64encode(picture.file).decode(),
                             partial_image_index=index,
                             created_at=int(time.time()),
@@ -201,7 +200,7 @@ class Service:
                         )
             (data,) = await self.delivery.deliver(request, [planned], [picture], context)
         yield CompletedEvent(
-            type="image_edit.completed" if images else "image_generation.completed",
+            type="image_edit.completed" if files.images else "image_generation.completed",
             id=data.id,
             b64_json=data.b64_json or "",
             seed=data.seed,
@@ -256,9 +255,9 @@ class Service:
             self.metrics.serve([*served[:2], (BASE, BASE), *served[2:]])
 
     async def _plan(
-        self, request: ImageRequest, context: RequestContext, images: Sequence[bytes], mask: bytes | None
+        self, request: ImageRequest, context: RequestContext, files: GivenFiles
     ) -> list[RoutedRequest]:
-        planned = await self.planner.plan(request, context, images, mask)
+        planned = await self.planner.plan(request, context, files)
         self._name_versions()
         return planned
 

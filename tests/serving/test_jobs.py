@@ -6,7 +6,7 @@ import io
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ray_jobs.config import ServeConfig
 from serving.feedback.database import open_database
 from serving.feedback.store import FeedbackStore
 from serving.schemas import APIError, ImageData, ImageRequest, ImageResponse
+from serving.service.given_files import GivenFiles
 from serving.service.jobs import Jobs
 from serving.service.request_context import RequestContext
 from serving.service.webhooks import Webhooks, is_public
@@ -199,10 +200,8 @@ class Process:
         self,
         request: ImageRequest,
         context: RequestContext,
-        images: Sequence[bytes] = (),
-        mask: bytes | None = None,
-        *,
-        timeout_s: float | None = None,
+        files: GivenFiles,
+        timeout_s: float,
     ) -> ImageResponse:
         self.drawn.append(request)
         await self.let.wait()

@@ -148,7 +148,7 @@ class Server:
 
         @self.api.post("/v1/images/edits")
         async def edit(request: Request) -> Any:
-            body, images, mask = await _edit_of(request, edits)
+            body, (images, mask) = await _edit_of(request, edits)
             files = {"images": [*map(bytes.decode, images)], "mask": mask and mask.decode()}
             return _json({"created": 1, "data": [], "user": body.user, **files})
 

@@ -19,6 +19,7 @@ from serving.feedback.store import FeedbackStore
 from serving.messages import BASE, RoutedRequest, label, placement_of
 from serving.request import Request
 from serving.schemas import APIError, EditRequest, ImageRequest
+from serving.service.given_files import GivenFiles
 from serving.service.request_context import RequestContext
 from serving.service.rollout import TAKEN_OUT, RolloutStatus
 from serving.service.service import Service
@@ -243,9 +244,9 @@ def test_a_shadow_of_an_edit_is_stored_with_its_picture_and_others_follow(
 
     async def work(service: Service, model: Any) -> set[str]:
         service.start(poll_now=False)
-        for kind, images in ((EditRequest, [file.getvalue()]), (ImageRequest, [])):
+        for kind, images in ((EditRequest, (file.getvalue(),)), (ImageRequest, ())):
             request = kind(prompt="a red apple", model="watched:champion", steps=2)
-            await service.generate(request, RequestContext(), images)
+            await service.generate(request, RequestContext(), GivenFiles(images))
         while service.shadow.stored < 2:
             assert not service.shadow.passed_over
             await asyncio.sleep(0.01)
