@@ -11,7 +11,7 @@ import logging
 import random
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TypeVar
 
@@ -22,6 +22,7 @@ from ray_jobs.config import ServeConfig
 from serving.feedback.job_store import JobRecord, JobStore
 from serving.jobs import OPEN, REQUESTS, Job, Kind
 from serving.schemas import MAX_SEED, APIError, ErrorBody, ImageRequest, ImageResponse
+from serving.service.background import Background
 from serving.service.given_files import NO_FILES, GivenFiles
 from serving.service.request_context import ANONYMOUS, RequestContext
 from serving.service.webhooks import Webhooks
@@ -58,7 +59,7 @@ class Jobs:
         self._generate = generate
         self._queue: asyncio.Queue[JobRecord] = asyncio.Queue()
         self._drawing: dict[str, asyncio.Task[None]] = {}
-        self._background: set[asyncio.Task[None]] = set()
+        self._background = Background()
 
     async def run(self) -> None:
         """Continue the jobs of a former process, and draw new ones until cancelled."""
@@ -73,7 +74,7 @@ class Jobs:
             if job.state in OPEN:
                 self._queue.put_nowait(job)
             else:
-                self._in_background(self._announce(job))
+                self._background.start(self._announce(job))
         await asyncio.gather(*(self._work() for _ in range(AT_ONCE)))
 
     async def submit(
@@ -225,7 +226,7 @@ class Jobs:
             job = await self._retried(partial(self.store.get, job_id))
             await self._retried(partial(self.folder.child(job_id).delete, GIVEN))
             if job is not None:
-                self._in_background(self._announce(job))
+                self._background.start(self._announce(job))
 
     async def _announce(self, job: JobRecord) -> None:
         if job.webhook_url is not None:
@@ -258,8 +259,3 @@ class Jobs:
             with contextlib.suppress(APIError):
                 return await self._stored(work)
             await asyncio.sleep(PAUSE_S)
-
-    def _in_background(self, work: Coroutine[object, None, None]) -> None:
-        task = asyncio.create_task(work)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)

@@ -4,7 +4,7 @@ import asyncio
 import base64
 import logging
 import time
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from functools import partial
 from itertools import count
@@ -26,6 +26,7 @@ from serving.schemas import (
     PartialImageEvent,
     shown_quality,
 )
+from serving.service.background import Background
 from serving.service.canary import Canary, Limits
 from serving.service.given_files import NO_FILES, GivenFiles
 from serving.service.jobs import Jobs
@@ -99,7 +100,7 @@ class Service:
         )
         self.started = int(time.time())
         self.num_open = 0  # open requests
-        self._background: set[asyncio.Task[None]] = set()
+        self.background = Background()
         self._named: Sequence[object] = ()  # state of the registry that the metrics last received
 
     def start(self, *, poll_now: bool) -> None:
@@ -108,13 +109,13 @@ class Service:
         Args:
             poll_now: read the registry at once instead of after a pause.
         """
-        self._in_background(self.watcher.run(now=poll_now))
-        self._in_background(self._clean())
-        self._in_background(self.jobs.run())
+        self.background.start(self.watcher.run(now=poll_now))
+        self.background.start(self._clean())
+        self.background.start(self.jobs.run())
         if self.settings.shadow_share:
-            self._in_background(self.shadow.run())
+            self.background.start(self.shadow.run())
         if self.quality != Quality(0.0):
-            self._in_background(self._watch_quality())
+            self.background.start(self._watch_quality())
 
     async def generate(
         self,
@@ -317,7 +318,7 @@ class Service:
         self.canary.taken_out[label(candidate)] = reason
         self.catalogue.candidate = None
         logger.warning("%s is taken out: %s", label(candidate), reason)
-        self._in_background(self._withdraw(candidate, reason))
+        self.background.start(self._withdraw(candidate, reason))
 
     async def _withdraw(self, candidate: RegisteredModel, reason: str) -> None:
         """Remove the alias in the registry, so that a restarted endpoint does not serve the candidate."""
@@ -387,11 +388,6 @@ class Service:
             raise
         self.metrics.drawn("shadow", 200)
         return picture.file
-
-    def _in_background(self, work: Coroutine[object, None, None]) -> None:
-        task = asyncio.create_task(work)
-        self._background.add(task)  # the event loop itself holds only a weak reference
-        task.add_done_callback(self._background.discard)
 
 
 def latest_drift(loads: Sequence[ReplicaLoad]) -> dict[tuple[str, int], DriftScores]:

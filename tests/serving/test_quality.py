@@ -119,7 +119,7 @@ def judged(
         if "candidate" not in aliases:
             service.catalogue.champion, service.catalogue.candidate = both[1], None
         await service.judge_quality()
-        await asyncio.gather(*service._background)
+        await asyncio.gather(*service.background.tasks)
 
     served(config, both, store, judge)
     return aliases_of(client, config)

@@ -121,7 +121,7 @@ def test_a_candidate_that_fails_is_taken_out_and_loses_its_alias(
             assert await answered(service, damaged, steps=1) == 503
         assert service.catalogue.candidate is None
         assert service.catalogue.find(None, "whoever") == champion, "nobody is given the candidate any more"
-        await asyncio.gather(*service._background)
+        await asyncio.gather(*service.background.tasks)
         return await service.rollout()
 
     status = served(watched, [champion, damaged], store, work)
@@ -250,7 +250,7 @@ def test_a_shadow_of_an_edit_is_stored_with_its_picture_and_others_follow(
         while service.shadow.stored < 2:
             assert not service.shadow.passed_over
             await asyncio.sleep(0.01)
-        for task in service._background:
+        for task in service.background.tasks:
             task.cancel()
         return set(model.engine_cache.engines)
 
