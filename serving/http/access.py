@@ -20,10 +20,10 @@ from serving.http.limits import ConcurrencyLimit, RateLimit
 from serving.http.logs import LOGGER, log_request
 from serving.schemas import APIError
 from serving.service.metrics import Metrics
+from serving.service.picture_links import PATH as PICTURES_PATH
 from serving.service.request_context import ANONYMOUS
 
 PUBLIC = frozenset({"/", "/healthz", "/readyz", "/openapi.json"})
-PICTURES = "/v1/pictures/"  # whose addresses are signed
 PROBES = frozenset({"/healthz", "/readyz", "/metrics"})  # requested all the time: logged at debug level only
 # Browsers send these values with forms that other sites submit to this address (W3C, Fetch Metadata).
 OTHER_SITES = frozenset({"cross-site", "same-site"})
@@ -32,8 +32,9 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 def needed_scope(path: str, public_folders: tuple[str, ...] = ()) -> str | None:
-    """Return the scope that a path requires; None for public paths. Unknown paths require `admin`."""
-    if path in PUBLIC or path.startswith((PICTURES, *public_folders)):
+    """Return the scope that a path requires; None for public paths, and for pictures, whose addresses are
+    signed. Unknown paths require `admin`."""
+    if path in PUBLIC or path.startswith((f"/{PICTURES_PATH}/", *public_folders)):
         return None
     if path.startswith(("/v1/admin", "/v1/rollout")) or not path.startswith("/v1/"):
         return "admin"

@@ -7,7 +7,6 @@ from serving.http.asgi_exchange import context_of
 from serving.jobs import Job, WebhookSecret
 from serving.schemas import ErrorResponse
 from serving.service.jobs import Jobs
-from serving.service.request_context import ANONYMOUS
 
 
 def prefers_async(request: Request) -> bool:
@@ -41,6 +40,6 @@ def jobs_router(jobs: Jobs) -> APIRouter:
     @router.get("/v1/webhooks/secret", responses={503: unavailable})
     def secret(request: Request) -> WebhookSecret:
         """Return the secret with which this API key's webhooks are signed."""
-        return WebhookSecret(secret=jobs.webhooks.secret_of(context_of(request.scope).key_id or ANONYMOUS))
+        return WebhookSecret(secret=jobs.webhooks.secret_of(context_of(request.scope).owner))
 
     return router

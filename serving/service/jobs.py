@@ -24,7 +24,7 @@ from serving.jobs import OPEN, REQUESTS, Job, Kind
 from serving.schemas import MAX_SEED, APIError, ErrorBody, ImageRequest, ImageResponse
 from serving.service.background import Background
 from serving.service.given_files import NO_FILES, GivenFiles
-from serving.service.request_context import ANONYMOUS, RequestContext
+from serving.service.request_context import RequestContext
 from serving.service.webhooks import Webhooks
 
 AT_ONCE = 2  # jobs drawn at a time, beside other requests
@@ -97,7 +97,7 @@ class Jobs:
         job = JobRecord(
             id=f"job-{secrets.token_hex(12)}",
             created=time.time(),
-            key_id=context.key_id or ANONYMOUS,
+            key_id=context.owner,
             kind=kind,
             state="queued",
             request=request.model_dump_json(exclude_defaults=True),
@@ -154,7 +154,7 @@ class Jobs:
 
     def _read(self, job_id: str, context: RequestContext) -> Job:
         job = self.store.get(job_id)
-        if job is None or job.key_id != (context.key_id or ANONYMOUS):
+        if job is None or job.key_id != context.owner:
             raise APIError(404, f"{job_id}: there is no such job, or no longer", code="job_not_found")
         return self._shown(job)
 

@@ -36,3 +36,8 @@ class RequestContext:
     def key(self) -> str | None:
         """Id of the request's API key; None if it has none."""
         return None if self.key_id == ANONYMOUS else self.key_id
+
+    @property
+    def owner(self) -> str:
+        """Id of the key under which the client's jobs are kept; ANONYMOUS without one."""
+        return self.key_id or ANONYMOUS
