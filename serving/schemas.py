@@ -1,6 +1,8 @@
 """Requests and responses of OpenAI's Images API, with this server's limits.
 
-`steps`, `guidance_scale` and `seed` are extensions (the official client passes them in `extra_body`).
+`negative_prompt`, `steps`, `guidance_scale`, `guidance_interval`, `seed`, `adapters`, `strength`,
+`control_image`, `control_scale` and `webhook_url` are extensions (the official client passes them in
+`extra_body`).
 A field of OpenAI's that this server has no use for is refused with the reason rather than ignored, so that
 nobody believes it did something; null, "auto" and values that change nothing are accepted.
 """
@@ -8,7 +10,7 @@ nobody believes it did something; null, "auto" and values that change nothing ar
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, Literal, NamedTuple, Self, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 from pydantic_core import ErrorDetails
@@ -261,28 +263,24 @@ Limited = TypeVar("Limited", bound=ImageRequest)
 
 def limited(request: type[Limited], settings: ServeConfig) -> type[Limited]:
     """Return a request model with the configuration's limits, for validation and the OpenAPI document."""
-    length = settings.max_prompt_length
-    fields: dict[str, Any] = {
-        "prompt": (str, _narrowed(request, "prompt", max_length=length)),
-        "negative_prompt": (str | None, _narrowed(request, "negative_prompt", max_length=length)),
-        "n": (int, _narrowed(request, "n", le=settings.max_pictures)),
-        "adapters": (
-            list[AdapterChoice] | None,
-            _narrowed(request, "adapters", min_length=1, max_length=settings.max_adapters),
-        ),
-        "steps": (int | None, _narrowed(request, "steps", le=settings.max_steps)),
+    length = Field(max_length=settings.max_prompt_length)
+    limits: dict[str, Any] = {
+        "prompt": length,
+        "negative_prompt": length,
+        "n": Field(le=settings.max_pictures),
+        "adapters": Field(max_length=settings.max_adapters),
+        "steps": Field(le=settings.max_steps),
     }
+    fields: dict[str, Any] = {name: _narrowed(request, name, limit) for name, limit in limits.items()}
     return create_model(request.__name__, __base__=request, __doc__=request.__doc__, **fields)
 
 
-def _narrowed(request: type[ImageRequest], name: str, **limits: Any) -> Any:
-    """Return a field of a request with tighter limits."""
+def _narrowed(request: type[ImageRequest], name: str, limit: Any) -> Any:
+    """Return type and definition of a request's field with a limit beside its own."""
     field = request.model_fields[name]
-    lower: dict[str, Any] = {"ge": 1} if "le" in limits else {}
-    if name == "prompt" and field.is_required():
-        lower = {"min_length": 1}
+    kind: Any = field.annotation
     default = ... if field.is_required() else field.default
-    return Field(default, description=field.description, **lower, **limits)
+    return Annotated[kind, *field.metadata, limit], Field(default, description=field.description)
 
 
 def width_and_height(size: str) -> tuple[int, int]:
@@ -379,7 +377,7 @@ class ErrorBody(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """Body of every answer with a status other than 200."""
+    """Body of every error."""
 
     error: ErrorBody
 
