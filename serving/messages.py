@@ -8,7 +8,7 @@ from ray_jobs.config import resolve_path
 from ray_jobs.registry.models import RegisteredModel
 from serving.encoding import Output
 from serving.load import DriftScores, EngineLoad
-from serving.request import Request
+from serving.request import ALL_STEPS, Request
 
 BASE = "base"
 FOLLOWING_BASE = "base with control images"  # engine of adapters that bring input channels for them
@@ -47,7 +47,7 @@ class RoutedRequest(NamedTuple):
     request: Request
     image: bytes | None = None  # file of the initial image, as it was sent
     references: tuple[bytes, ...] = ()  # files of the reference pictures, as they were sent
-    mask: bytes | None = None  # file with transparent pixels where the one reference is to be painted
+    mask: bytes | None = None  # file with transparent pixels where the one picture is to be painted
     control: bytes | None = None  # file of the image that a ControlNet follows, as it was sent
     image_id: str = ""  # id of the generated image
     scored: bool = False  # True: counts for the version's drift scores, see `replica.drift`
@@ -62,7 +62,7 @@ class RoutedRequest(NamedTuple):
         Args:
             size: width x height in pixels.
         """
-        interval = list(self.request.guidance_interval)
+        interval = self.request.guidance_interval
         return {
             "image_id": self.image_id,
             "model": self.version.name if self.version else BASE,
@@ -77,7 +77,7 @@ class RoutedRequest(NamedTuple):
             "size": size,
             "strength": None if self.image is None else self.request.strength,
             "num_references": len(self.references) or None,
-            "guidance_interval": None if interval == [0.0, 1.0] else interval,
+            "guidance_interval": None if interval == ALL_STEPS else list(interval),
             "control_scale": None if self.control is None else self.request.control_scale,
         }
 

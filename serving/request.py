@@ -20,6 +20,10 @@ class RequestError(ValueError):
         return f"{self.field}: {self.reason}"
 
 
+ALL_STEPS = (0.0, 1.0)
+"""The guidance interval of a request that has guidance in every step."""
+
+
 class ScaledAdapter(NamedTuple):
     """An adapter of a request, and the factor of its change."""
 
@@ -57,7 +61,7 @@ class Request:
     control: "torch.Tensor | None" = None  # image that a ControlNet follows: uint8, height x width x 3
     control_scale: float = 1.0  # how much it counts
     # Classifier-free guidance from this share of the steps to that one, as diffusers' guiders have it.
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_interval: tuple[float, float] = ALL_STEPS
     references: "tuple[torch.Tensor, ...]" = ()  # to look at: uint8, height x width x 3, of any sizes
     adapters: Mixture = ()  # several ones, or a scaled one, instead of `adapter`
     zero_terminal_snr: bool = False  # the adapter was trained with zero terminal SNR

@@ -15,7 +15,7 @@ from ray_jobs.diffusion.sampling import UNGUIDED
 from ray_jobs.diffusion.solvers import Schedule
 from serving.engine.batched_lora import Adapter
 from serving.engine.blending import Blend
-from serving.request import Request, RequestError
+from serving.request import ALL_STEPS, Request, RequestError
 
 
 class Drawing(NamedTuple):
@@ -91,10 +91,12 @@ def _check_interval(request: Request, guidance_embedded: bool) -> None:
     start, end = request.guidance_interval
     if not 0 <= start <= end <= 1:
         raise RequestError("guidance_interval", f"{start}, {end}; must be two shares of the steps, in order")
-    if (start, end) != (0, 1) and guidance_embedded:
+    if (start, end) == ALL_STEPS:
+        return
+    if guidance_embedded:
         reason = "not supported: this model takes the guidance scale as an input"
         raise RequestError("guidance_interval", reason)
-    if (start, end) != (0, 1) and request.guidance_scale == 1:
+    if request.guidance_scale == 1:
         raise RequestError("guidance_interval", "needs a guidance scale above 1")
 
 

@@ -14,7 +14,7 @@ from ray_jobs.registry.models import CANDIDATE, CHAMPION, RegisteredModel
 from serving.encoding import Output
 from serving.feedback.schemas import new_image_id
 from serving.messages import BASE, RoutedRequest, adapter_name, label
-from serving.request import Request, ScaledAdapter
+from serving.request import ALL_STEPS, Request, ScaledAdapter
 from serving.schemas import (
     MAX_SEED,
     STEPS_BY_QUALITY,
@@ -242,7 +242,7 @@ class RequestPlanner:
 
 
 def _interval(request: ImageRequest) -> tuple[float, float]:
-    start, end = request.guidance_interval or (0.0, 1.0)
+    start, end = request.guidance_interval or ALL_STEPS
     return start, end
 
 
