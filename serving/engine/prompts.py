@@ -145,10 +145,7 @@ class Slots:
 
     def take(self, key: Key, captions: Captions) -> Captions | None:
         """Return a copy in a free slot; None if there is none of this layout."""
-        fits = (
-            all(self._all[n].shape[1:] == each.shape for n, each in captions.items()) if self._all else False
-        )
-        if not fits or not self._free:
+        if not self._free or any(self._all[n].shape[1:] != each.shape for n, each in captions.items()):
             return None
         slot = self._taken[key] = self._free.pop()
         return {name: self._all[name][slot].copy_(each) for name, each in captions.items()}

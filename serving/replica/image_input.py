@@ -13,28 +13,23 @@ if TYPE_CHECKING:
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 64 * 2**20  # maximum size of a decoded image; a small file may hold a huge one
 REFERENCE_PIXELS = 2**20  # a larger reference is scaled down to as many, as FLUX.2's pipelines do
+NOTHING_PAINTED = "no pixel is transparent; make those transparent that are to be painted"
 
 
-def read_picture(content: bytes, height: int, width: int, param: str = "image") -> "torch.Tensor":
+def read_picture(content: bytes, height: int, width: int) -> "torch.Tensor":
     """Decode an image file into uint8, height x width x 3.
 
     The file is read as in training (upright, sRGB, also 16 bits and CMYK, transparent parts white), cropped
     centrally to that aspect ratio, then scaled with bicubic interpolation and antialiasing. An image of that
     size stays unchanged.
 
-    Args:
-        param: the field that the file comes from, for errors.
-
     Raises:
         APIError: 400, the file is not a readable image in one of `FORMATS`, or has too many pixels.
     """
     import torch
     from numpy import array
-    from PIL import Image, ImageOps
 
-    picture = _decoded(content, param=param)
-    # Only the crop is scaled: one pixel of a line that is one pixel high.
-    return torch.from_numpy(array(ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)))
+    return torch.from_numpy(array(_filled(_decoded(content), height, width)))
 
 
 class References(NamedTuple):
@@ -92,10 +87,8 @@ def read_control(
     from numpy import array
 
     param = "control_image"
-    if size is not None:
-        return read_picture(content, *size, param)
     picture = _decoded(content, param=param)
-    return torch.from_numpy(array(_fitted(picture, "", multiple, max_side, param=param)))
+    return torch.from_numpy(array(_sized(picture, size, multiple, max_side, param)))
 
 
 def read_masked(
@@ -114,7 +107,6 @@ def read_masked(
     """
     import torch
     from numpy import array, dstack
-    from PIL import Image, ImageOps
 
     picture = _decoded(content)
     try:
@@ -122,20 +114,32 @@ def read_masked(
     except reading.Rejected as rejected:
         raise _invalid(f"not a readable PNG: {rejected.detail}", "mask") from rejected
     if alpha is None:
-        raise _invalid("no pixel is transparent; make those transparent that are to be painted", "mask")
+        raise _invalid(NOTHING_PAINTED, "mask")
     if alpha.size != picture.size:
         sizes = " and the image ".join(f"{each.width}x{each.height}" for each in (alpha, picture))
         raise _invalid(f"{sizes} pixels; send a mask of the image's size", "mask")
     painted = alpha.point([255] + 255 * [0])
-    if size is None:
-        parts = [_fitted(each, "", multiple, max_side) for each in (picture, painted)]
-    else:
-        method = Image.Resampling.BICUBIC
-        parts = [ImageOps.fit(each, (size[1], size[0]), method) for each in (picture, painted)]
-    colours, hole = (array(part) for part in parts)
+    colours, hole = (array(_sized(each, size, multiple, max_side)) for each in (picture, painted))
     if hole.max() < reading.WHITE:
-        raise _invalid("no pixel is transparent; make those transparent that are to be painted", "mask")
+        raise _invalid(NOTHING_PAINTED, "mask")
     return torch.from_numpy(dstack([colours, 255 * (hole < reading.WHITE).astype(hole.dtype)]))
+
+
+def _sized(
+    picture: "Image.Image", size: tuple[int, int] | None, multiple: int, max_side: int, param: str = "image"
+) -> "Image.Image":
+    """Fit a picture to a height and width, or scale it down and crop it if there are none."""
+    if size is None:
+        return _fitted(picture, "", multiple, max_side, param=param)
+    return _filled(picture, *size)
+
+
+def _filled(picture: "Image.Image", height: int, width: int) -> "Image.Image":
+    """Crop a picture centrally to an aspect ratio and scale it."""
+    from PIL import Image, ImageOps
+
+    # Only the crop is scaled: one pixel of a line that is one pixel high.
+    return ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)
 
 
 def _fitted(

@@ -386,9 +386,10 @@ def _with_pixels(routed: RoutedRequest, thread: "EngineThread") -> Request:
     """
     request, engine = routed.request, thread.engine
     if routed.mask is not None:
-        size = (request.height, request.width) if request.height and request.width else None
         picture = routed.references[0] if routed.image is None else routed.image
-        masked = read_masked(picture, routed.mask, size, engine.size_multiple, engine.max_side)
+        masked = read_masked(
+            picture, routed.mask, _asked_size(request), engine.size_multiple, engine.max_side
+        )
         height, width = masked.shape[:2]
         image = None if routed.image is None else masked[..., :3]
         request = replace(request, masked=masked, image=image, height=height, width=width)
@@ -400,8 +401,7 @@ def _with_pixels(routed: RoutedRequest, thread: "EngineThread") -> Request:
         height, width = request.height or size[0], request.width or size[1]
         request = replace(request, references=pictures, height=height, width=width)
     if routed.control is not None:
-        size = (request.height, request.width) if request.height and request.width else None
-        size = engine.own_size if size is None and routed.image is not None else size
+        size = _asked_size(request) or (engine.own_size if routed.image is not None else None)
         control = read_control(routed.control, size, engine.size_multiple, engine.max_side)
         height, width = control.shape[:2]
         request = replace(request, control=control, height=height, width=width)
@@ -410,6 +410,11 @@ def _with_pixels(routed: RoutedRequest, thread: "EngineThread") -> Request:
         image = read_picture(routed.image, request.height or height, request.width or width)
         request = replace(request, image=image)
     return request
+
+
+def _asked_size(request: Request) -> tuple[int, int] | None:
+    """Return a request's height and width; None if it has none."""
+    return (request.height, request.width) if request.height and request.width else None
 
 
 def _submit(
