@@ -83,6 +83,13 @@ class APIError(Exception):
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
 
+    def for_client(self, request_id: str) -> "APIError":
+        """Return the error without what a replica's exception says of the server, which is for the log."""
+        if self.code != DRAWING_FAILED:
+            return self
+        message = f"image generation failed; the server's log has details under the request id {request_id}"
+        return APIError(self.status, message, code=self.code)
+
 
 class AdapterChoice(BaseModel):
     """One of several adapters that draw an image together."""

@@ -26,7 +26,6 @@ from serving.http.studies import studies_router
 from serving.jobs import Job, Kind
 from serving.messages import label
 from serving.schemas import (
-    DRAWING_FAILED,
     APIError,
     EditRequest,
     ErrorResponse,
@@ -387,15 +386,11 @@ def _for_client(error: APIError, context: RequestContext) -> APIError:
     """Record an error for the outer layers; return it without what a replica's exception says of the server,
     which is logged instead."""
     context.reason = error.code
-    if error.code != DRAWING_FAILED:
-        return error
-    LOGGER.error(
-        "image generation failed", exc_info=error, extra={"fields": {"request_id": context.request_id}}
-    )
-    message = (
-        f"image generation failed; the server's log has details under the request id {context.request_id}"
-    )
-    return APIError(error.status, message, code=error.code)
+    shown = error.for_client(context.request_id)
+    if shown is not error:
+        fields = {"request_id": context.request_id}
+        LOGGER.error("image generation failed", exc_info=error, extra={"fields": fields})
+    return shown
 
 
 async def _answer_invalid(request: Request, error: Exception) -> Response:

@@ -193,11 +193,17 @@ class Jobs:
             await self._retried(lambda: self.folder.write_bytes(f"{job.id}/{RESULT}", content))
             await self._end(job.id, "completed")
         except APIError as error:
-            await self._end(job.id, "failed", json.dumps(error.body()["error"]))
+            shown = error.for_client(job.id)
+            if shown is not error:
+                log.exception("job %s failed", job.id)
+            await self._fail(job, shown)
         except Exception:
             log.exception("job %s failed", job.id)
-            failure = APIError(500, f"internal error; the log has details under {job.id}", code="job_failed")
-            await self._end(job.id, "failed", json.dumps(failure.body()["error"]))
+            message = f"internal error; the log has details under {job.id}"
+            await self._fail(job, APIError(500, message, code="job_failed"))
+
+    async def _fail(self, job: JobRecord, error: APIError) -> None:
+        await self._end(job.id, "failed", json.dumps(error.body()["error"]))
 
     async def _drawn(self, job: JobRecord) -> ImageResponse:
         request = REQUESTS[job.kind].model_validate_json(job.request)

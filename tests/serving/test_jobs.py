@@ -21,6 +21,7 @@ from cluster.storage import Storage
 from ray_jobs.config import ServeConfig
 from serving.feedback.database import open_database
 from serving.feedback.store import FeedbackStore
+from serving.jobs import Job
 from serving.schemas import APIError, ImageData, ImageRequest, ImageResponse
 from serving.service.given_files import GivenFiles
 from serving.service.jobs import Jobs
@@ -130,6 +131,29 @@ def test_an_edit_may_be_a_job_and_its_pictures_are_deleted_with_its_end(here: En
     )
     failed = ended(here, broken.json()["id"])
     assert (failed["status"], failed["result"], failed["error"]["param"]) == ("failed", None, "image")
+
+
+def test_edits_with_masks_variations_and_adapters_give_the_same_as_a_job(here: EndpointHere) -> None:
+    image, mask = io.BytesIO(), io.BytesIO()
+    Image.fromarray(np.full((64, 64, 3), 90, np.uint8)).save(image, "PNG")
+    hole = np.full((64, 64, 4), 255, np.uint8)
+    hole[16:48, 16:48, 3] = 0
+    Image.fromarray(hole).save(mask, "PNG")
+    fields: dict[str, Any] = {"prompt": "a", "seed": 7, "steps": 3, "guidance_scale": 2}
+    adapters = [{"name": "served@2", "scale": 0.5}, {"name": "served@1"}]
+    files = {"image": image.getvalue()}
+    for path, sent in (
+        ("edits", {"data": fields, "files": files | {"mask": mask.getvalue()}}),
+        ("variations", {"data": fields | {"prompt": ""}, "files": files}),
+        ("generations", {"json": fields | {"adapters": adapters, "guidance_interval": [0.0, 0.5]}}),
+    ):
+        address = f"{here.url}/v1/images/{path}"
+        plain = httpx.post(address, timeout=60, **sent).raise_for_status().json()
+        job = httpx.post(address, headers=LATER, **sent).raise_for_status().json()
+        result = ended(here, job["id"])["result"]
+        assert (result["model"], result["adapters"]) == (plain["model"], plain["adapters"])
+        one, other = (pixels(each["data"][0]["b64_json"]) for each in (result, plain))
+        assert np.abs(one - other).max() <= 1, path
 
 
 def test_what_is_wrong_is_told_at_once_and_by_its_field(here: EndpointHere, receiver: Receiver) -> None:
@@ -246,6 +270,33 @@ def test_a_restart_draws_what_is_open_again_with_its_seed_and_announces_what_was
     ids, seeds = asyncio.run(asyncio.wait_for(first(), 60))
     again = asyncio.run(asyncio.wait_for(second(ids), 60))
     assert set(seeds) < set(again) and len(set(again)) == len(again) == 3 and None not in again
+
+
+class FailingProcess(Process):
+    """Its replicas raise what says something of the server."""
+
+    async def generate(
+        self, request: ImageRequest, context: RequestContext, files: GivenFiles, timeout_s: float
+    ) -> ImageResponse:
+        raise APIError(500, "image generation failed: a secret of the server", code="drawing_failed")
+
+
+def test_the_error_of_a_job_says_nothing_of_the_server(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def work() -> Job:
+        process, context = FailingProcess(tmp_path), RequestContext()
+        running = asyncio.create_task(process.jobs.run())
+        job = await process.jobs.submit("generations", ImageRequest(prompt="a"), context)
+        while not (job := await process.jobs.get(job.id, context)).finished_at:
+            await asyncio.sleep(0.01)
+        running.cancel()
+        return job
+
+    job = asyncio.run(asyncio.wait_for(work(), 60))
+    assert job.status == "failed" and job.error and job.error.code == "drawing_failed"
+    assert job.id in job.error.message and "secret" not in job.error.message
+    assert "a secret of the server" in caplog.text
 
 
 def test_jobs_are_deleted_once_they_are_no_longer_kept(
