@@ -83,7 +83,7 @@ class APIError(Exception):
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
 
-    def for_client(self, request_id: str) -> "APIError":
+    def for_client(self, request_id: str | None) -> "APIError":
         """Return the error without what a replica's exception says of the server, which is for the log."""
         if self.code != DRAWING_FAILED:
             return self

@@ -401,8 +401,8 @@ def _with_pixels(routed: RoutedRequest, thread: "EngineThread") -> Request:
         height, width = request.height or size[0], request.width or size[1]
         request = replace(request, references=pictures, height=height, width=width)
     if routed.control is not None:
-        size = _asked_size(request) or (engine.own_size if routed.image is not None else None)
-        control = read_control(routed.control, size, engine.size_multiple, engine.max_side)
+        wanted = _asked_size(request) or (engine.own_size if routed.image is not None else None)
+        control = read_control(routed.control, wanted, engine.size_multiple, engine.max_side)
         height, width = control.shape[:2]
         request = replace(request, control=control, height=height, width=width)
     if routed.image is not None and routed.mask is None:

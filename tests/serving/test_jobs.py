@@ -142,14 +142,15 @@ def test_edits_with_masks_variations_and_adapters_give_the_same_as_a_job(here: E
     fields: dict[str, Any] = {"prompt": "a", "seed": 7, "steps": 3, "guidance_scale": 2}
     adapters = [{"name": "served@2", "scale": 0.5}, {"name": "served@1"}]
     files = {"image": image.getvalue()}
-    for path, sent in (
-        ("edits", {"data": fields, "files": files | {"mask": mask.getvalue()}}),
-        ("variations", {"data": fields | {"prompt": ""}, "files": files}),
-        ("generations", {"json": fields | {"adapters": adapters, "guidance_interval": [0.0, 0.5]}}),
-    ):
+    requests: dict[str, dict[str, Any]] = {
+        "edits": {"data": fields, "files": files | {"mask": mask.getvalue()}},
+        "variations": {"data": fields | {"prompt": ""}, "files": files},
+        "generations": {"json": fields | {"adapters": adapters, "guidance_interval": [0.0, 0.5]}},
+    }
+    for path, sent in requests.items():
         address = f"{here.url}/v1/images/{path}"
-        plain = httpx.post(address, timeout=60, **sent).raise_for_status().json()
-        job = httpx.post(address, headers=LATER, **sent).raise_for_status().json()
+        plain = httpx.post(address, **sent).raise_for_status().json()
+        job = httpx.post(address, **sent, headers=LATER).raise_for_status().json()
         result = ended(here, job["id"])["result"]
         assert (result["model"], result["adapters"]) == (plain["model"], plain["adapters"])
         one, other = (pixels(each["data"][0]["b64_json"]) for each in (result, plain))
