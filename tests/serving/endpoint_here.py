@@ -58,6 +58,26 @@ def version_of(base: Path, folder: Path, number: int) -> RegisteredModel:
 
 
 @contextmanager
+def page_of(
+    config: Config, champion: RegisteredModel, candidate: RegisteredModel, folder: Path, **serve: Any
+) -> Iterator[str]:
+    """The URL of an endpoint that needs no key while the block runs.
+
+    Args:
+        folder: takes its feedback.
+        serve: settings, beside those of `config`, without its checker and drift.
+    """
+    serve |= {"keys": None, "allow_anonymous": True, "safety_checker": None, "drift_pictures": 0}
+    settings = config.model_copy(update={"serve": config.serve.model_copy(update=serve)})
+    store = FeedbackStore(open_database(f"sqlite:///{folder / 'feedback.db'}"))
+    try:
+        with page_server(settings, champion, candidate, store) as url:
+            yield url
+    finally:
+        store.close()
+
+
+@contextmanager
 def endpoint_here(storage: Path, base: Path, **serve: Any) -> Iterator[EndpointHere]:
     """Serve while the block runs.
 

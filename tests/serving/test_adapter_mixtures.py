@@ -14,7 +14,7 @@ from serving.engine.adapters import read_adapter
 from serving.engine.engine import Engine
 from serving.request import Mixture, Request, RequestError, ScaledAdapter
 from tests.serving import plain_diffusers
-from tests.serving.test_adapters import TOLERANCE, VARIANTS, parts_of, write_adapter
+from tests.serving.test_adapters import TOLERANCE, VARIANTS, parts_of, write_adapter, write_variants
 from tests.tiny_models import FAMILY_MODELS
 
 MIXTURES: list[Mixture] = [
@@ -37,11 +37,7 @@ MIXTURES: list[Mixture] = [
 
 @pytest.fixture(scope="module")
 def adapters(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("adapters")
-    return {
-        name: write_adapter(tiny_model, root / name, seed, **options)
-        for seed, (name, options) in enumerate(VARIANTS.items())
-    }
+    return write_variants(tiny_model, tmp_path_factory.mktemp("adapters"))
 
 
 def plain_with(model: Path, mixture: Mixture, adapters: dict[str, Path]) -> Any:

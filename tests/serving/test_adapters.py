@@ -61,14 +61,18 @@ def write_adapter(model: Path, folder: Path, seed: int, **options: Any) -> Path:
     return folder
 
 
+def write_variants(base: Path, root: Path) -> dict[str, Path]:
+    """An adapter of each variant, by its name."""
+    return {
+        name: write_adapter(base, root / name, seed, **options)
+        for seed, (name, options) in enumerate(VARIANTS.items())
+    }
+
+
 @pytest.fixture(scope="module")
 def adapters(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One of each variant for the tiny Stable Diffusion."""
-    root = tmp_path_factory.mktemp("adapters")
-    return {
-        name: write_adapter(tiny_model, root / name, seed, **options)
-        for seed, (name, options) in enumerate(VARIANTS.items())
-    }
+    return write_variants(tiny_model, tmp_path_factory.mktemp("adapters"))
 
 
 def parts_of(pipeline: Any) -> dict[str, Any]:

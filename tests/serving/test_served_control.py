@@ -23,12 +23,10 @@ from ray_jobs.weights.controlnets import save_controlnet
 from ray_jobs.weights.loading import load_pipeline
 from serving.engine.engine import Engine
 from serving.engine.rows import Drawing
-from serving.feedback.database import open_database
-from serving.feedback.store import FeedbackStore
 from serving.provenance import read_provenance
 from serving.request import Request, RequestError
 from tests.controlled import PROMPT
-from tests.serving.page_server import page_server
+from tests.serving.endpoint_here import page_of
 from tests.serving.test_adapters import VARIANTS, write_adapter
 from tests.serving.test_engine import TOLERANCE
 from tests.serving.test_served_edits import as_file, picture, pixels
@@ -119,12 +117,8 @@ def url(config: Config, tiny_model: Path, tmp_path_factory: pytest.TempPathFacto
         RegisteredModel("edges", number, each, weights_digest(each), str(tiny_model), None, method, {})
         for number, (each, method) in enumerate(zip(weights, ("controlnet", "lora"), strict=True), start=1)
     )
-    serve = {"keys": None, "allow_anonymous": True, "safety_checker": None, "drift_pictures": 0}
-    settings = config.model_copy(update={"serve": config.serve.model_copy(update=serve)})
-    store = FeedbackStore(open_database(f"sqlite:///{folder / 'feedback.db'}"))
-    with page_server(settings, edges, style, store) as address:
+    with page_of(config, edges, style, folder) as address:
         yield address
-    store.close()
 
 
 OWN = {"seed": 3, "steps": 3, "guidance_scale": 3.0}

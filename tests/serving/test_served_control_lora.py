@@ -20,11 +20,9 @@ from ray_jobs.registry.digests import weights_digest
 from ray_jobs.registry.models import RegisteredModel
 from ray_jobs.weights.loading import load_pipeline
 from serving.engine.engine import Engine
-from serving.feedback.database import open_database
-from serving.feedback.store import FeedbackStore
 from serving.request import Request
 from tests.controlled import PROMPT, pointed
-from tests.serving.page_server import page_server
+from tests.serving.endpoint_here import page_of
 from tests.serving.test_adapters import VARIANTS, write_adapter
 from tests.serving.test_engine import TOLERANCE
 from tests.serving.test_served_edits import as_file, picture, pixels
@@ -112,12 +110,8 @@ def endpoint(config: Config, folders: dict[str, Path], kept: Path, **serve: Any)
         )
         for number, name in enumerate(("a", "style"), start=1)
     )
-    serve |= {"keys": None, "allow_anonymous": True, "safety_checker": None, "drift_pictures": 0}
-    settings = config.model_copy(update={"serve": config.serve.model_copy(update=serve)})
-    store = FeedbackStore(open_database(f"sqlite:///{kept / 'feedback.db'}"))
-    with page_server(settings, edges, style, store) as address:
+    with page_of(config, edges, style, kept, **serve) as address:
         yield address
-    store.close()
 
 
 @pytest.fixture(scope="module")

@@ -22,12 +22,10 @@ from ray_jobs.registry.models import RegisteredModel
 from ray_jobs.weights.loading import load_pipeline
 from serving.engine.engine import Engine
 from serving.engine.rows import Drawing
-from serving.feedback.database import open_database
-from serving.feedback.store import FeedbackStore
 from serving.replica.image_input import read_masked
 from serving.request import Request, RequestError
 from tests.serving import plain_diffusers
-from tests.serving.page_server import page_server
+from tests.serving.endpoint_here import page_of
 from tests.serving.test_adapters import VARIANTS, write_adapter
 from tests.serving.test_engine import TOLERANCE, drawn
 from tests.serving.test_served_edits import as_file, picture, pixels
@@ -94,18 +92,8 @@ def url(config: Config, model: Path, tmp_path_factory: pytest.TempPathFactory) -
     write_adapter(model, folder / "1", 1, **VARIANTS["attention"])
     weights = str(folder / "1")
     version = RegisteredModel("fill", 1, weights, weights_digest(weights), str(model), None, "lora", {})
-    serve = {
-        "keys": None,
-        "allow_anonymous": True,
-        "safety_checker": None,
-        "drift_pictures": 0,
-        "max_side": 128,
-    }
-    settings = config.model_copy(update={"serve": config.serve.model_copy(update=serve)})
-    store = FeedbackStore(open_database(f"sqlite:///{folder / 'feedback.db'}"))
-    with page_server(settings, version, replace(version, version=2), store) as address:
+    with page_of(config, version, replace(version, version=2), folder, max_side=128) as address:
         yield address
-    store.close()
 
 
 def edited(url: str, image: bytes, **fields: Any) -> Any:
