@@ -38,7 +38,7 @@ STILL = "every image is a single PNG, JPEG or WebP; leave it out"
 STEPS_BY_QUALITY = {"low": 0.5, "medium": 1.0, "standard": 1.0, "high": 1.5, "hd": 1.5, "xhigh": 2.0}
 """Factors of a server's default steps; `max` asks for the most steps that the server allows."""
 ShownQuality = Literal["low", "medium", "high", "xhigh", "max"]
-Quality = ShownQuality | Literal["standard", "hd"]
+Quality = Literal[ShownQuality, "standard", "hd"]
 UNSUPPORTED_FIELDS = {
     "background": Unsupported("the model generates no transparency; send opaque or auto", ("opaque",)),
     "complexity": Unsupported("the model has no planning phase; send quality or steps instead"),
@@ -346,7 +346,7 @@ class PictureEvent(BaseModel):
     b64_json: str = Field(description="The file in base64.")
     created_at: int = Field(description="Unix time in seconds.")
     size: str = Field(description="Width x height in pixels.")
-    quality: ShownQuality | Literal["auto"] = "auto"
+    quality: Literal[ShownQuality, "auto"] = "auto"
     background: Literal["opaque"] = "opaque"
     output_format: Format = "png"
 

@@ -116,8 +116,8 @@ def test_fields_that_change_nothing_are_accepted(client: openai.OpenAI) -> None:
         ({"prompt": "a" * 1001}, "prompt"),
         ({"n": 9}, "n"),
         ({"size": "1024x1024"}, "size"),
-        ({"response_format": "url"}, "response_format"),
-        ({"quality": "hd"}, "quality"),
+        ({"response_format": "png"}, "response_format"),
+        ({"quality": "best"}, "quality"),
         ({"steps": 0}, "steps"),
         ({"steps": 101}, "steps"),
         ({"guidance_scale": 0.5}, "guidance_scale"),
@@ -455,7 +455,8 @@ def test_more_requests_than_may_wait_are_turned_away(client: openai.OpenAI, conf
         ("POST", "/v1/images/generations", b"[]", 400),
         ("POST", "/v1/images/generations", b'{"prompt": "\\ud800"}', 400),
         ("POST", "/v1/images/edits", b"{}", 400),
-        ("POST", "/v1/images/variations", b"{}", 404),
+        ("POST", "/v1/images/variations", b"{}", 400),
+        ("POST", "/v1/images/masks", b"{}", 404),
         ("GET", "/v1/images/generations", None, 405),
     ],
 )
@@ -475,7 +476,7 @@ def test_all_that_may_be_asked_for_is_listed_with_its_version(
     assert {"served", "served@1", "served:champion", "base"} <= set(listed)
     model = listed["served"]
     assert (model.object, model.owned_by) == ("model", "diffray")
-    own = {"version": registered.version, "size": "64x64", "references": 0, "masks": False}
+    own = {"version": registered.version, "size": "64x64", "references": 0, "masks": False, "control": False}
     assert model.model_extra == own
     assert listed["base"].model_extra["version"] is None
     assert client.models.retrieve("served:champion").id == "served:champion"
